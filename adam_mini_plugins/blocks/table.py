@@ -1,0 +1,75 @@
+"""A partition as a table that fits a screen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .partition import Partition, TensorBlocks
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def render(partition: Partition) -> str:
+    """The table behind ``print(partition)``: name, shape, role, blocks, why; a line a kind of tensor."""
+    tensors = list(partition.values())
+    elements = sum(t.shape.numel() for t in tensors)
+    rows = [
+        (
+            _shared_name(alike),
+            "x".join(map(str, first.shape)) or "scalar",
+            first.role,
+            f"{first.num_blocks:,}",
+            first.why,
+        )
+        for alike in _group(tensors)
+        for first in alike[:1]
+    ]
+    title = (
+        f"{partition.scheme} partition: {len(tensors):,} tensors, {elements:,} elements, "
+        f"{partition.num_blocks():,} blocks"
+    )
+    lines = [title, *_columns([("name", "shape", "role", "blocks", "why"), *rows], right=3)]
+    lines += [f"left out while frozen: {name}: {reason}" for name, reason in partition.left_out.items()]
+    return "\n".join(lines)
+
+
+def _group(tensors: Iterable[TensorBlocks]) -> list[list[TensorBlocks]]:
+    """Tensors that differ in nothing but a layer's number, in the order of the first of each."""
+    groups: dict[tuple, list[TensorBlocks]] = {}
+    for tensor in tensors:
+        key = (_NUMBER.sub("*", tensor.name), tensor.shape, tensor.role, str(tensor.layout), tensor.why)
+        groups.setdefault(key, []).append(tensor)
+    return list(groups.values())
+
+
+def _shared_name(tensors: Sequence[TensorBlocks]) -> str:
+    """One name for tensors that differ in their numbers: ``layers.0-31.mlp.weight``."""
+    numbers = [[int(n) for n in _NUMBER.findall(t.name)] for t in tensors]
+    columns = iter([_ranges(sorted(set(column))) for column in zip(*numbers)])
+    return _NUMBER.sub(lambda _: next(columns), tensors[0].name)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``"0-2,5"``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"[{text}]" if len(runs) > 1 else text
+
+
+def _columns(rows: Sequence[Sequence[str]], right: int) -> list[str]:
+    """Rows of text in aligned columns; column number ``right`` is aligned to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(w) if i == right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]

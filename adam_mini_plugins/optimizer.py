@@ -1,0 +1,368 @@
+"""The optimizer: parameter groups, state, and torch's conventions around the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .blocks import Layout, Partition
+from .blocks import partition as make_partition
+from .update import adam_mini
+
+_HOW_TO_PARTITION = (
+    "pass partition=adam_mini_plugins.partition(model), or build the optimizer with AdamMini.for_model(model, ...)"
+)
+
+
+class AdamMini(Optimizer):
+    r"""Adam-mini: AdamW with one second moment for each block of the Hessian.
+
+    Implements Algorithm 2 of "Adam-mini: Use Fewer Learning Rates To Gain More". The state is the
+    momentum and, for each tensor, one number a row: about half of AdamW's. Hyper-parameters and
+    their defaults are AdamW's.
+
+    Args:
+        params: What ``torch.optim.AdamW`` takes: parameters, ``(name, parameter)`` pairs as from
+            ``model.named_parameters()``, or groups of either.
+        lr: Learning rate, a number or a tensor of one element.
+        betas: Decay of the momentum and of the second moment.
+        eps: Added to the root of the second moment, outside the root.
+        weight_decay: Decoupled weight decay.
+        partition: The blocks, from :func:`adam_mini_plugins.partition` of the model.
+        maximize: Ascend instead of descending.
+        state_dtype: The momentum's dtype, as ``torch.bfloat16`` or ``"bfloat16"``; the parameter's
+            own by default. The second moment, which is small, is float32 or the parameter's float64.
+
+    State of each parameter: ``step`` (scalar), ``exp_avg`` (the parameter's shape), ``exp_avg_sq``
+    (the shape of :meth:`Layout.state_shape`: extent 1 along all axes but those that number rows).
+    Each group holds the parameters' names as ``param_names`` and their blocks as text in ``blocks``.
+
+    Raises:
+        ValueError: A hyper-parameter out of range, no parameters, no partition, or a parameter that
+            the partition doesn't know or knows by another shape.
+        TypeError: Complex parameters.
+
+    Example::
+
+        optimizer = AdamMini.for_model(model, lr=3e-4, weight_decay=0.1)
+
+        blocks = partition(model)  # the same in two steps
+        optimizer = AdamMini(model.named_parameters(), lr=3e-4, weight_decay=0.1, partition=blocks)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        partition: Partition | None = None,
+        maximize: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+    ) -> None:
+        if partition is None:
+            raise ValueError(f"AdamMini needs the blocks of its parameters: {_HOW_TO_PARTITION}")
+        if not isinstance(partition, Partition):
+            raise TypeError(f"partition must be a Partition, got {type(partition).__name__}: {_HOW_TO_PARTITION}")
+        self.partition = partition
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+        }
+        _checked_options(defaults)
+        super().__init__(params, defaults)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        scheme: str = "auto",
+        value: str = "neuron",
+        rules: Iterable[tuple[str, str | Layout]] = (),
+        **options: Any,
+    ) -> AdamMini:
+        """Builds the optimizer for all trainable parameters of a model, its partition included.
+
+        Args:
+            model: The model.
+            lr: Learning rate.
+            betas: Decay of the momentum and of the second moment.
+            eps: Added to the root of the second moment.
+            weight_decay: Decoupled weight decay.
+            scheme: As for :func:`adam_mini_plugins.partition`, like the next two.
+            value: How attention values are cut.
+            rules: Rules of your own, tried first.
+            **options: Whatever else :class:`AdamMini` takes.
+        """
+        blocks = make_partition(model, scheme=scheme, value=value, rules=tuple(rules))  # type: ignore[arg-type]
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return cls(trainable, lr, betas, eps, weight_decay, partition=blocks, **options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters or of ``(name, parameter)`` pairs, as torch's optimizers do.
+
+        Raises:
+            ValueError: The partition doesn't know one of the parameters, or an option is out of
+                range. The optimizer is as it was.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError("parameters need an order that is the same in every run; got a set: pass a list")
+        group = {**self.defaults, **param_group}
+        group.update(_checked_options(group))
+        members = [self._identify(p) for p in ([params] if isinstance(params, Tensor) else params)]
+        group["param_names"] = [name for name, _, _ in members]
+        group["params"] = [p for _, p, _ in members]
+        group["blocks"] = [blocks for _, _, blocks in members]
+        super().add_param_group(group)
+
+    def _identify(self, member: Tensor | tuple[str, Tensor]) -> tuple[str, Tensor, str]:
+        """A parameter's name, itself, and its blocks as text (none while it is frozen and unknown)."""
+        given, parameter = member if isinstance(member, tuple) else (None, member)
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"optimizer can only optimize Tensors, got {type(parameter).__name__}")
+        # Which tensor it is counts for more than what it is called: wrappers prefix names.
+        name = self.partition.name_of(parameter) or given
+        described = f"a tensor of shape {tuple(parameter.shape)}" if name is None else repr(name)
+        if parameter.is_complex():
+            raise TypeError(f"AdamMini does not support complex parameters: {described} is {parameter.dtype}")
+        entry = self.partition.get(name) if name is not None else None
+        if entry is None:
+            if not parameter.requires_grad:
+                return given or name or "", parameter, ""
+            reason = self.partition.left_out.get(name or "", "")
+            raise ValueError(
+                f"the partition does not know {described}{': ' + reason if reason else ''}; was it made from another "
+                f"model, or before this parameter was added? Once the model is complete, {_HOW_TO_PARTITION}"
+            )
+        if entry.shape != parameter.shape:
+            raise ValueError(
+                f"{described} has shape {tuple(parameter.shape)}, but {tuple(entry.shape)} in the partition, which "
+                f"is another model's or was made before a resize: {_HOW_TO_PARTITION}"
+            )
+        return given or entry.name, parameter, str(entry.layout)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: A sparse gradient, or a gradient for a parameter without known blocks.
+                Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        for group in self.param_groups:
+            _check_gradients(group)
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            members = [
+                (p, p.grad, self._state_of(p, layout, group["state_dtype"]), layout)
+                for p, layout in zip(group["params"], map(Layout.parse, group["blocks"]))
+                if p.grad is not None
+            ]
+            adam_mini(
+                [p for p, _, _, _ in members],
+                [grad for _, grad, _, _ in members],
+                [state["exp_avg"] for _, _, state, _ in members],
+                [state["exp_avg_sq"] for _, _, state, _ in members],
+                [state["step"] for _, _, state, _ in members],
+                [layout for _, _, _, layout in members],
+                lr=float(group["lr"]),
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+        return loss
+
+    def _state_of(self, parameter: Tensor, layout: Layout, state_dtype: str | None) -> dict[str, Tensor]:
+        """A parameter's state, made at its first step."""
+        state = self.state[parameter]
+        if not state:
+            dtype = _momentum_dtype(parameter, state_dtype)
+            shape = layout.state_shape(parameter.shape)
+            # The count stays on the CPU, as torch's does: reading it must not wait for a device.
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = parameter.new_zeros(shape, dtype=_second_moment_dtype(parameter))
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state that :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: The state is another optimizer's, was made with other blocks, or doesn't fit
+                a parameter. The optimizer is as it was.
+        """
+        accepted: dict[str, Any] = {}
+
+        def check(_: Optimizer, given: dict[str, Any]) -> None:
+            self._check_state_dict(given)
+            accepted.update(given)
+
+        # torch casts all state to the parameter's dtype on the way in; take ours from the source.
+        # Hooks, so that the check comes after a user's own and the cast before them.
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(accepted), prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        if len(groups) != len(saved_groups):
+            raise ValueError(
+                f"the state to load has {len(saved_groups)} parameter groups, this optimizer {len(groups)}"
+            )
+        for number, (group, saved) in enumerate(zip(groups, saved_groups)):
+            if "blocks" not in saved:
+                raise ValueError(_foreign(state_dict))
+            if len(group["params"]) != len(saved["params"]):
+                raise ValueError(
+                    f"parameter group {number} of the state to load has {len(saved['params'])} parameters, "
+                    f"this optimizer's has {len(group['params'])}"
+                )
+            for parameter, name, blocks, key, saved_blocks in zip(
+                group["params"], group["param_names"], group["blocks"], saved["params"], saved["blocks"]
+            ):
+                if blocks != saved_blocks:
+                    raise ValueError(
+                        f"{name} has blocks {blocks!r}, but {saved_blocks!r} in the state to load: load it into an "
+                        "optimizer made with the partition (scheme, value, rules) that it was saved with"
+                    )
+                state = state_dict["state"].get(key)
+                if state:
+                    _check_state(name, parameter, Layout.parse(blocks), state)
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """Gives loaded state the dtypes that a new state would have, from the values as they were saved."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            for parameter, key in zip(group["params"], saved["params"]):
+                source = state_dict["state"].get(key)
+                if source:
+                    dtypes = {
+                        "exp_avg": _momentum_dtype(parameter, group["state_dtype"]),
+                        "exp_avg_sq": _second_moment_dtype(parameter),
+                    }
+                    for entry, dtype in dtypes.items():
+                        value = source[entry].to(device=parameter.device, dtype=dtype)
+                        self.state[parameter][entry] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "partition": self.partition}
+
+
+def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters as a group holds them: in range, betas as floats, dtypes by name.
+
+    Raises:
+        ValueError: One is out of range; the message names it and its value.
+    """
+    lr, betas, eps, weight_decay = (options[key] for key in ("lr", "betas", "eps", "weight_decay"))
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr as a tensor must have one element, got shape {tuple(lr.shape)}")
+    for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not number >= 0.0:
+            raise ValueError(f"{name} must be 0 or more, got {number}")
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas}")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{i}] must be at least 0 and less than 1, got {beta}")
+    return {"betas": tuple(float(beta) for beta in betas), "state_dtype": _dtype_name(options["state_dtype"])}
+
+
+def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    resolved = getattr(torch, name, None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"state_dtype must be a floating-point dtype such as torch.bfloat16, got {dtype!r}")
+    return name
+
+
+def _momentum_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
+    return parameter.dtype if state_dtype is None else getattr(torch, state_dtype)
+
+
+def _second_moment_dtype(parameter: Tensor) -> torch.dtype:
+    # In bfloat16, beta2 = 0.999 would leave it where it is: the change of a step rounds away.
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _check_gradients(group: dict[str, Any]) -> None:
+    """Raises where a step would go wrong, before anything has changed."""
+    params, names = group["params"], group["param_names"]
+    if len(params) != len(names):
+        raise RuntimeError(
+            f"a parameter group holds {len(params)} tensors for {len(names)} names: an engine has merged or cut them, "
+            "which AdamMini does not support yet; DistributedDataParallel works"
+        )
+    for parameter, name, blocks in zip(params, names, group["blocks"]):
+        grad = parameter.grad
+        if grad is None:
+            continue
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"AdamMini does not support sparse gradients, got one for {name}: build the layer with sparse=False"
+            )
+        if hasattr(parameter, "device_mesh"):
+            raise RuntimeError(
+                f"{name} is a {type(parameter).__name__}; AdamMini does not train sharded parameters yet, "
+                "DistributedDataParallel works"
+            )
+        if not blocks or not Layout.parse(blocks).fits(parameter.shape):
+            raise RuntimeError(
+                f"{name} of shape {tuple(parameter.shape)} has a gradient but no blocks that fit it (it was frozen, "
+                f"or an engine has flattened it since): {_HOW_TO_PARTITION}"
+            )
+
+
+def _check_state(name: str, parameter: Tensor, layout: Layout, state: dict[str, Any]) -> None:
+    expected = {"exp_avg": tuple(parameter.shape), "exp_avg_sq": layout.state_shape(parameter.shape), "step": ()}
+    for entry, shape in expected.items():
+        if entry not in state:
+            raise ValueError(f"the state to load has no {entry!r} for {name}; it has {sorted(state)}")
+        found = tuple(torch.as_tensor(state[entry]).shape)
+        if found != shape:
+            raise ValueError(f"{entry} of {name} has shape {found} in the state to load, but {shape} in this optimizer")
+
+
+def _foreign(state_dict: dict[str, Any]) -> str:
+    keys = sorted({key for state in state_dict["state"].values() for key in state})
+    is_adam = {"exp_avg", "exp_avg_sq"} <= set(keys)
+    what = "Adam's or AdamW's: it has a second moment for each element" if is_adam else f"another optimizer's: {keys}"
+    return (
+        f"the state to load is not AdamMini's but {what}. Resume with the optimizer that saved it, or start "
+        "AdamMini without this optimizer state (from the model's weights alone)"
+    )

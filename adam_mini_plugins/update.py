@@ -1,0 +1,155 @@
+"""The arithmetic of one Adam-mini step, as free functions on tensors.
+
+For a parameter ``p`` with gradient ``g`` and momentum ``m``, and for each of its blocks ``b``
+(the paper's Algorithm 2)::
+
+    p   <- p * (1 - lr * weight_decay)
+    m   <- beta1 * m + (1 - beta1) * g
+    v_b <- beta2 * v_b + (1 - beta2) * mean over b of g*g
+    p   <- p - lr / (1 - beta1^t) * m / (sqrt(v_b) / sqrt(1 - beta2^t) + eps)
+
+``v`` is held as one value a row, equal inside a block: it broadcasts against the parameter, and it
+can be cut, saved and put together again along with the parameter's rows.
+
+Whatever the dtypes of ``p``, ``g`` and ``m``, the arithmetic is that of ``v``: float32, or float64
+for float64 parameters. Each of ``p`` and ``m`` is rounded once, when it is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .blocks import Layout
+
+# Elements handled at a time. On a CPU a chunk stays in the cache from one pass to the next; elsewhere
+# the bound is on the float32 copies that low-precision tensors need.
+_CHUNK_CPU = 2**20
+_CHUNK_ELSEWHERE = 2**25
+
+
+def adam_mini(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    layouts: list[Layout],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    maximize: bool,
+) -> None:
+    """Performs one step for a list of tensors, in place.
+
+    Args:
+        params: Parameters.
+        grads: Their gradients, of the same shapes.
+        exp_avgs: Their momenta, of the same shapes.
+        exp_avg_sqs: Their second moments, each of shape ``layout.state_shape(param.shape)``.
+        state_steps: For each parameter the number of steps taken so far, a scalar tensor.
+        layouts: Their blocks.
+        lr: Learning rate.
+        beta1: Decay of the momentum.
+        beta2: Decay of the second moment.
+        weight_decay: Decoupled weight decay, as AdamW's.
+        eps: Added to the root of the second moment.
+        maximize: Ascend instead of descending.
+    """
+    for param, grad, exp_avg, exp_avg_sq, step_t, layout in zip(
+        params, grads, exp_avgs, exp_avg_sqs, state_steps, layouts
+    ):
+        step_t += 1
+        step = step_t.item()
+        rates = _Rates(
+            decay=1 - lr * weight_decay,
+            beta1=beta1,
+            beta2=beta2,
+            step_size=lr / (1 - beta1**step),
+            root_correction=math.sqrt(1 - beta2**step),
+            eps=eps,
+            maximize=maximize,
+        )
+        _update(param, grad, exp_avg, exp_avg_sq, layout, rates)
+
+
+class _Rates(NamedTuple):
+    """The numbers of one step, those of :func:`adam_mini` with the decays and corrections worked out."""
+
+    decay: float
+    beta1: float
+    beta2: float
+    step_size: float
+    root_correction: float
+    eps: float
+    maximize: bool
+
+
+def _update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, layout: Layout, rates: _Rates) -> None:
+    if layout.is_each_row:
+        # A row needs nothing but itself: the whole step is done while its gradient is in the cache.
+        for p, g, m, v in _chunks(layout.axes, param, grad, exp_avg, exp_avg_sq):
+            _average(v, _row_means(g, v), rates)
+            _descend(p, g, m, _denominator(v, rates), rates)
+        return
+    means = torch.empty_like(exp_avg_sq)
+    for g, part in _chunks(layout.axes, grad, means):
+        part.copy_(_row_means(g, part))
+    _average(exp_avg_sq, layout.block_mean(means), rates)
+    for p, g, m, d in _chunks(layout.axes, param, grad, exp_avg, _denominator(exp_avg_sq, rates)):
+        _descend(p, g, m, d, rates)
+
+
+def _row_means(grad: Tensor, like: Tensor) -> Tensor:
+    """The mean square of each row of a gradient, in the shape and dtype of ``like``."""
+    axes = [axis for axis, (size, of_grad) in enumerate(zip(like.shape, grad.shape)) if size != of_grad]
+    if not axes:
+        return grad.to(like.dtype).square()
+    # vector_norm reads the gradient once; the mean of a square would first write the square out.
+    norms = torch.linalg.vector_norm(grad.to(like.dtype), dim=axes, keepdim=True)
+    return norms.square_().mul_(like.numel() / max(grad.numel(), 1))
+
+
+def _average(exp_avg_sq: Tensor, means: Tensor, rates: _Rates) -> None:
+    exp_avg_sq.mul_(rates.beta2).add_(means, alpha=1 - rates.beta2)
+
+
+def _denominator(exp_avg_sq: Tensor, rates: _Rates) -> Tensor:
+    return exp_avg_sq.sqrt().div_(rates.root_correction).add_(rates.eps)
+
+
+def _descend(param: Tensor, grad: Tensor, exp_avg: Tensor, denominator: Tensor, rates: _Rates) -> None:
+    """Updates momentum and parameter in the denominator's dtype."""
+    dtype = denominator.dtype
+    # Where the dtypes are alike, to() gives back the tensor itself and copy_() onto itself does nothing.
+    p, g, m = param.to(dtype), grad.to(dtype), exp_avg.to(dtype)
+    m.lerp_(-g if rates.maximize else g, 1 - rates.beta1)
+    p.mul_(rates.decay).addcdiv_(m, denominator, value=-rates.step_size)
+    exp_avg.copy_(m)
+    param.copy_(p)
+
+
+def _chunks(axes: tuple[int, ...], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts tensors that broadcast against the first into views of whole rows, a bounded number of elements each.
+
+    Args:
+        axes: The axes that number the rows.
+        tensors: The first decides how to cut; along an axis where another has extent 1, it is not cut.
+    """
+    first = tensors[0]
+    limit = _CHUNK_CPU if first.device.type == "cpu" else _CHUNK_ELSEWHERE
+    axis = next((axis for axis in axes if first.shape[axis] > 1), None)
+    if first.numel() <= limit or axis is None:
+        yield tensors
+        return
+    length = max(1, limit * first.shape[axis] // first.numel())
+    for start in range(0, first.shape[axis], length):
+        size = min(length, first.shape[axis] - start)
+        yield from _chunks(axes, *(t.narrow(axis, start, size) if t.shape[axis] > 1 else t for t in tensors))

@@ -1,0 +1,1 @@
+"""Reports of what an optimizer's state takes, as callbacks: ``hf`` for transformers."""
