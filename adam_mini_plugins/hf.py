@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from .blocks import partition
-from .optimizer import AdamMini
+from .optimizer import AdamMini, trainable_parameters
 
 SUPPORTED = ">=5.2"
 
@@ -80,6 +80,7 @@ def _adam_mini(context: Any) -> tuple[type[AdamMini], dict[str, Any]]:
         )
     options = dict(context.optim_args)
     state_dtype = options.pop("state_dtype", None)
+    trainable_parameters(context.model)  # raises if there are none, where others would train nothing
     blocks = partition(context.model, **options)
     logger.info("%r", blocks)
     return AdamMini, {

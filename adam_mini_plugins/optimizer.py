@@ -110,11 +110,13 @@ class AdamMini(Optimizer):
             **options: Whatever else :class:`AdamMini` takes.
         """
         blocks = make_partition(model, scheme=scheme, value=value, rules=tuple(rules))  # type: ignore[arg-type]
-        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return cls(trainable, lr, betas, eps, weight_decay, partition=blocks, **options)
+        return cls(trainable_parameters(model), lr, betas, eps, weight_decay, partition=blocks, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or of ``(name, parameter)`` pairs, as torch's optimizers do.
+
+        Parameters that the model did not have when it was partitioned, such as those of an adapter
+        added later, need a new partition first: ``optimizer.partition = partition(model)``.
 
         Raises:
             ValueError: The partition doesn't know one of the parameters, or an option is out of
@@ -150,7 +152,8 @@ class AdamMini(Optimizer):
             reason = self.partition.left_out.get(name or "", "")
             raise ValueError(
                 f"the partition does not know {described}{': ' + reason if reason else ''}; was it made from another "
-                f"model, or before this parameter was added? Once the model is complete, {_HOW_TO_PARTITION}"
+                f"model, or before this parameter was added? Once the model is complete, {_HOW_TO_PARTITION}; to add "
+                "to an optimizer that exists, first set optimizer.partition = partition(model)"
             )
         if entry.shape != parameter.shape:
             raise ValueError(
@@ -279,6 +282,22 @@ class AdamMini(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "partition": self.partition}
+
+
+def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The parameters of a model that are not frozen, by name.
+
+    Raises:
+        ValueError: There are none.
+    """
+    named = list(model.named_parameters())
+    trainable: list[tuple[str, Tensor]] = [(name, p) for name, p in named if p.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter to train: all {len(named)} are frozen. Call requires_grad_(True) "
+            "on what is to be trained; with PEFT, load the adapter with is_trainable=True"
+        )
+    return trainable
 
 
 def _checked_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -435,7 +435,7 @@ def test_no_parameters() -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         AdamMini([], partition=partition(network()))
     frozen = network().requires_grad_(False)
-    with pytest.raises(ValueError, match="empty parameter list"):
+    with pytest.raises(ValueError, match="Sequential has no parameter to train: all 6 are frozen"):
         AdamMini.for_model(frozen)
 
 

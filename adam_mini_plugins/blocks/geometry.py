@@ -82,9 +82,18 @@ def projections(module: nn.Module) -> dict[str, str]:
     """
     held = [name for name, parameter in module._parameters.items() if getattr(parameter, "ndim", 0) == 2]
     for name, child in module._modules.items():
-        if getattr(getattr(child, "weight", None), "ndim", 0) == 2 and not isinstance(child, nn.Embedding):
+        if getattr(_weight_of(child), "ndim", 0) == 2 and not isinstance(child, nn.Embedding):
             held.append(name)
     return {name: name if name in KNOWN else name.removesuffix("_weight") for name in held}
+
+
+def _weight_of(child: Any) -> Any:
+    """The weight of a layer, or of the one that stands under its adapters."""
+    while isinstance(getattr(child, "base_layer", None), nn.Module):
+        child = child.base_layer
+    if hasattr(child, "adapter_layer_names") and not hasattr(child, "original_module"):
+        return None  # nothing is under it, and asked for a weight it would look there for ever
+    return getattr(child, "weight", None)
 
 
 def read_heads(module: nn.Module, configs: tuple[Any, ...]) -> Heads:

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .geometry import GeometryError, Slices
 from .layout import Layout
-from .rules import HESSIAN_RULES, TENSOR_RULES, Facts, Rule, Site, has_attention, output_axis
+from .rules import HESSIAN_RULES, TENSOR_RULES, Facts, Site, first_match, has_attention, output_axis
 
 UserRule = tuple[str, "str | Layout"]
 
@@ -184,7 +184,7 @@ def partition(
         unused = [pattern for pattern in unused if pattern not in {rule[0] for rule in matching}]
         site = Site(name, parameter.shape, _path(modules, name), facts)
         try:
-            slices = _custom(site, *matching[0]) if matching else _first_match(site, default_rules)
+            slices = _custom(site, *matching[0]) if matching else first_match(site, default_rules)
         except GeometryError as error:
             if parameter.requires_grad:
                 raise PartitionError(_unknown(site, error)) from error
@@ -225,14 +225,6 @@ def _path(modules: dict[str, nn.Module], name: str) -> tuple[tuple[str, nn.Modul
         name, _, held = name.rpartition(".")
         path.append((held, modules[name]))
     return tuple(path)
-
-
-def _first_match(site: Site, rules: Iterable[Rule]) -> Slices:
-    for rule in rules:
-        slices = rule(site)
-        if slices is not None:
-            return slices
-    raise GeometryError(f"none of the rules fits a tensor of {site.ndim} axes held as {site.attribute!r}")
 
 
 def _custom(site: Site, pattern: str, blocks: str | Layout) -> Slices:

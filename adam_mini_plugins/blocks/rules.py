@@ -6,13 +6,14 @@ A rule looks at a :class:`Site`, a parameter together with the modules that hold
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from .adapters import adapter
 from .geometry import GeometryError, Heads, Slices, cut, is_attention, projections, read_heads, resembles_attention
 from .layout import Layout
 
@@ -43,6 +44,11 @@ class Site:
     def module(self) -> nn.Module:
         """The module that holds it."""
         return self.path[0][1]
+
+    def at(self, attribute: str, shape: tuple[int, ...], module: nn.Module, level: int) -> Site:
+        """The same place, seen from a parameter of ``module`` that stands where level ``level`` of the path does."""
+        path = ((attribute, module), *self.path[level + 1 :])
+        return Site(self.name, torch.Size(shape), path, self.facts)
 
     @property
     def ndim(self) -> int:
@@ -118,11 +124,12 @@ def embedding(site: Site) -> Slices | None:
 
 def vector(site: Site) -> Slices | None:
     """Norm weights, class tokens, other vectors and scalars: one block."""
-    if site.ndim > 1 and site.shape.numel() != site.shape[-1]:
-        return None
     if site.ndim == 0:
         return Slices("vector", Layout.elements(()), "a scalar")
-    axis = site.ndim - 1
+    longest = max(site.shape)
+    if (site.ndim > 1 and site.shape.numel() != longest) or isinstance(site.module, (nn.Linear, nn.Embedding)):
+        return None
+    axis = site.shape.index(longest)
     return Slices("vector", Layout.whole(site.shape[axis], (axis,)), f"a vector of {type(site.module).__name__}")
 
 
@@ -203,4 +210,24 @@ def table(site: Site) -> Slices | None:
 
 
 TENSOR_RULES: tuple[Rule, ...] = (tensor,)
-HESSIAN_RULES: tuple[Rule, ...] = (bias, embedding, vector, convolution, attention, experts, linear, table)
+
+
+def adapters(site: Site) -> Slices | None:
+    """Parameters that adapters have added; see :mod:`.adapters`."""
+    return adapter(site, lambda base: first_match(base, HESSIAN_RULES))
+
+
+HESSIAN_RULES: tuple[Rule, ...] = (bias, vector, adapters, embedding, convolution, attention, experts, linear, table)
+
+
+def first_match(site: Site, rules: Iterable[Rule]) -> Slices:
+    """What the first rule says that fits.
+
+    Raises:
+        GeometryError: None fits.
+    """
+    for rule in rules:
+        slices = rule(site)
+        if slices is not None:
+            return slices
+    raise GeometryError(f"none of the rules fits a tensor of {site.ndim} axes held as {site.attribute!r}")
