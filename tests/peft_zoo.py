@@ -64,7 +64,7 @@ CANNOT: dict[str, str] = {}
 if "ADAMSS" in PeftType.__members__ and importlib.util.find_spec("sklearn") is None:
     CANNOT["ADAMSS"] = "AdamssConfig raises ImportError without scikit-learn, whose KMeans it clusters with"
 
-# Forms of LoRA that do not run here. Other initial values (olora, orthogonal, eva, corda, lora_ga) do, but give
+# Forms of LoRA that do not run here. Other initial values (olora, orthogonal, eva, lora_ga) do, but give
 # the parameters of "lora" or "lora-pissa"; only eva may also change ranks, and puts new parameters in for that.
 CANNOT_LORA: dict[str, str] = {
     "use_qalora": "only the layer for GPTQ has it, elsewhere it is ignored; needs gptqmodel and a quantized model",

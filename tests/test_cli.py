@@ -50,6 +50,12 @@ def test_it_runs_a_program_with_its_arguments_as_they_are(target: list[str], nam
     assert done.stdout.splitlines()[-1:] == [f"ran __main__ adam_mini {name} -m --flag a b"], done.stderr
 
 
+def test_it_runs_an_installed_command_by_its_name(folder: Path) -> None:
+    done = adam_mini("run", "accelerate", "env", "--help", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "usage: accelerate" in done.stdout.lower()
+
+
 def test_the_exit_status_is_the_programs(folder: Path) -> None:
     (folder / "failing.py").write_text("raise SystemExit(7)")
     assert adam_mini("run", "failing.py", cwd=folder).returncode == 7

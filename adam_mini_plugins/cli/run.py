@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,12 @@ def add_parser(commands: Any) -> None:
         help='run a script or module with optim="adam_mini" known to transformers',
         usage="adam-mini run [-h] (SCRIPT | -m MODULE) ...",
         description='Runs a Python script or module as it is, with optim="adam_mini" known to transformers.',
-        epilog="example: adam-mini run -m trl.scripts.sft --optim adam_mini --model_name_or_path ...",
+        epilog="example: adam-mini run trl sft --optim adam_mini --model_name_or_path ...",
     )
     parser.add_argument("-m", dest="module", action="store_true", help="TARGET is a module's name, as for python -m")
-    parser.add_argument("target", metavar="TARGET", help="path of a script, or name of a module after -m")
+    parser.add_argument(
+        "target", metavar="TARGET", help="path of a script, name of a command such as trl, or name of a module after -m"
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments, passed through")
     parser.set_defaults(execute=lambda given: run(given.target, given.arguments, module=given.module))
 
@@ -36,12 +39,15 @@ def run(target: str, arguments: list[str], *, module: bool) -> None:
     """Replaces this process by Python running a script or module.
 
     Args:
-        target: Path of the script or name of the module.
+        target: Path of the script, name of the module, or name of a command installed beside Python, such as ``trl``.
         arguments: Its command-line arguments.
         module: Whether ``target`` is a module.
     """
     if not module and not Path(target).exists():
-        sys.exit(f"adam-mini run: no script {target!r}; to run a module: adam-mini run -m {target} ...")
+        installed = shutil.which(target, path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
+        if installed is None:
+            sys.exit(f"adam-mini run: no script {target!r}; to run a module: adam-mini run -m {target} ...")
+        target = installed
     command = [sys.executable, *(["-m"] if module else []), target, *arguments]
     paths = [str(AUTOLOAD), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

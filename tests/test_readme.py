@@ -1,0 +1,68 @@
+"""The README's Python runs as it stands, and what it says of the tests is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from test_hf import Batches, inner
+from transformers import Trainer, TrainingArguments
+
+import adam_mini_plugins
+from adam_mini_plugins import AdamMini
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def surroundings(block: str) -> dict[str, Any]:
+    """What a reader has before the block: a model, data, arguments, and for TRL a tokenizer, prompts and a reward."""
+    model, batch = zoo.CASES["llama"].build()
+    given: dict[str, Any] = {
+        "model": model,
+        "data": Batches(batch, samples=8),
+        "Trainer": Trainer,
+        "TrainingArguments": TrainingArguments,
+        "partition": adam_mini_plugins.partition,
+        "args": TrainingArguments("out", optim="adam_mini"),
+    }
+    if "from trl" in block:
+        pytest.importorskip("trl", reason="the trl extra is not installed")
+        import trl_zoo
+        from datasets import Dataset
+
+        prompts = Dataset.from_list(trl_zoo.PROMPTS[:2])
+        given |= {"prompts": prompts, "reward": trl_zoo.code_points, "tokenizer": trl_zoo.tokenizer()}
+    if "from peft" in block:
+        pytest.importorskip("peft", reason="the peft extra is not installed")
+    return given
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_a_block_of_the_readme_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = BLOCKS[number]
+    used: list[torch.optim.Optimizer] = []
+    train = Trainer.train
+
+    def train_and_remember(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        result = train(self, *args, **kwargs)
+        used.append(inner(self))
+        return result
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "train", train_and_remember)
+    given = surroundings(block)
+    exec(compile(block, f"README.md, Python block {number}", "exec"), given)
+    used += [given["optimizer"]] if "optimizer" in given else []
+    assert all(isinstance(optimizer, AdamMini) for optimizer in used)
+    assert bool(used) == (".train()" in block or "optimizer =" in block)
+    assert all(optimizer.state for optimizer in used) or "optimizer =" in block
+
+
+def test_the_first_screen_shows_the_argument() -> None:
+    assert 'optim="adam_mini"' in BLOCKS[0]
+    assert README.index(BLOCKS[0]) < 500
