@@ -1,11 +1,11 @@
 """Pre-trains a small Llama from scratch, once with Adam-mini and once with AdamW, and compares the two.
 
-    python examples/pretrain.py                      # 2M parameters on Python's own source code
+    python examples/pretrain.py                      # 1.5M parameters on Python's own source code
     python examples/pretrain.py --dataset my/texts   # the same on a folder of texts
 
 Data, initial weights, order of the batches and hyper-parameters are the same for both; nothing differs but
 ``optim``. It ends with a table, a plot and a JSON file of what was measured, in ``runs/pretrain/``. The
-default takes about four minutes on two CPU cores and no network.
+default takes about three minutes on two CPU cores, and no network.
 
 The other sizes are those of the paper's scaling law experiments (Tables 8 and 9), for one large GPU:
 
@@ -74,7 +74,7 @@ class Size:
 
 
 SIZES = {
-    "demo": Size(128, 4, 4, 2, 128, 400, vocab_size=4096, batch_size=8, lr=1e-3, warmup=0.05),
+    "demo": Size(128, 4, 4, 2, 128, 400, vocab_size=2048, batch_size=8, lr=1e-3, warmup=0.05),
     "39M": Size(384, 8, 6, 6, 512, 7_800),
     "67M": Size(512, 10, 8, 8, 512, 13_400),
     "102M": Size(640, 12, 10, 10, 512, 20_400),
