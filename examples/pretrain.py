@@ -318,7 +318,7 @@ def table(runs: list[Run]) -> Table:
 
 def plot(runs: list[Run], title: str, path: Path) -> None:
     """Draws the losses and, beside them, the optimizer state."""
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5}
     with plt.rc_context(style):
         figure, (losses, state) = plt.subplots(1, 2, figsize=(8, 4.2), width_ratios=(3.5, 1), layout="constrained")
         for run, colour, line in zip(runs, cycle(COLOURS), cycle(("-", "--"))):
@@ -330,10 +330,11 @@ def plot(runs: list[Run], title: str, path: Path) -> None:
         losses.set(title="Loss", xlabel="optimizer step", ylabel="cross-entropy (nats/token)")
         losses.grid(alpha=0.25)
         losses.legend(frameon=False)
-        state.set(title="Optimizer state", yticks=[])
+        state.set(title="Optimizer state", xlabel="(% of AdamW's)", yticks=[])
         state.margins(x=0.15, y=0.18)
         state.spines["left"].set_visible(False)
-        figure.suptitle(title)
+        figure.suptitle(title, fontsize=12, fontweight="bold")
+        figure.get_layout_engine().set(wspace=0.06)
         figure.savefig(path, dpi=200)
         plt.close(figure)
 
