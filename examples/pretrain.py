@@ -5,7 +5,7 @@
 
 Data, initial weights, order of the batches and hyper-parameters are the same for both; nothing differs but
 ``optim``. It ends with a table, a plot and a JSON file of what was measured, in ``runs/pretrain/``. The
-default takes about three minutes on two CPU cores, and no network.
+default takes three to five minutes on two CPU cores, and no network.
 
 The other sizes are those of the paper's scaling law experiments (Tables 8 and 9), for one large GPU:
 
