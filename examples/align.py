@@ -9,9 +9,9 @@ whole path is not measured.
 The stages are those of the paper's section 3.2, after a short pre-training:
 
     pretrain   Trainer: next tokens of the source code of Python's standard library
-    sft        TRL's SFTTrainer, with LoRA: a function's body, given its signature and docstring
-    reward     TRL's RewardTrainer: tell a function's own body from that of another function
-    optimize   ReMax (examples/remax.py): generate bodies that parse and that the reward model likes
+    sft        TRL's SFTTrainer, with LoRA: a function's first statement, given its signature and docstring
+    reward     TRL's RewardTrainer: tell the statement that stands there from one that the fine-tuned model writes
+    optimize   ReMax (examples/remax.py): write statements that parse and that the reward model likes
 
 Files, and with them their functions, are held out from all stages; each stage says what it achieved on these and leaves
 a plot and figures in ``runs/align/``. All runs of a stage start from the same weights, which the first optimizer and
@@ -37,6 +37,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -59,7 +60,8 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 MODEL = pretrain.Size(96, 3, 4, 2, 128, 500, vocab_size=2048, batch_size=8, lr=3e-3, warmup=0.05)
 HOLD_OUT_EVERY = 5  # of so many files one is held out
-SAMPLING_SEED = 1234  # of the answers that held-out rewards are means over
+SAMPLING_SEED = 1234  # of the answers that held-out rewards are means over, and of those to beat in preferences
+SAMPLING_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class Function:
 
     prompt: str
     completion: str
+
+
+Writer = Callable[[list[str]], list[str]]  # answers prompts
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Stage:
 
     name: str
     title: str
-    rows: Callable[[list[Function], int], list[dict[str, str]]]  # the second is a seed
+    rows: Callable[[list[Function], Writer], list[dict[str, str]]]
     trainer: Callable[..., Trainer]
     curve: Figure
     held_out: tuple[Figure, ...]
@@ -140,7 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--text-column", default="text", help="column of a hub dataset")
     add("--files", type=int, default=20_000, help="files to read at most")
     add("--prompt-tokens", type=int, default=64, help="longest signature with docstring that is used")
-    add("--completion-tokens", type=int, default=32, help="longest body that is used, or generated")
+    add("--completion-tokens", type=int, default=24, help="longest statement that is used, or generated")
     add("--eval-functions", type=int, default=256, help="held-out functions at most that figures are means over")
     add("--lora-rank", type=int, default=16, help="of sft")
     add("--temperature", type=float, default=0.5, help="of sampling, in optimize")
@@ -169,17 +174,16 @@ def read_data(args: argparse.Namespace) -> tuple[Part, Part]:
 
 
 def functions_of(source: str) -> Iterator[Function]:
-    """The functions that have a docstring and do something after it, moved to the left margin."""
+    """The functions that have a docstring and then a simple statement, moved to the left margin."""
     lines = source.splitlines(keepends=True)
     for node in ast.walk(parsed(source) or ast.Module([], [])):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
-            start, middle = node.lineno - 1, node.body[0].end_lineno
-            body = "".join(lines[middle : node.end_lineno]).strip("\n")
-            text = textwrap.dedent("".join(lines[start:middle]) + body)
+            start, middle, end = node.lineno - 1, node.body[0].end_lineno, node.body[1].end_lineno
+            text = textwrap.dedent("".join(lines[start:end])).rstrip()
             prompt = textwrap.dedent("".join(lines[start:middle])).rstrip()
             # The prompt goes without its line's end, which tokenizers join to the indent of the next line.
             function = Function(prompt, text[len(prompt) :])
-            if text.startswith(f"{prompt}\n") and parse_reward([function.prompt], [function.completion])[0]:
+            if text.startswith(f"{prompt}\n") and not hasattr(node.body[1], "body") and parses(text):
                 yield function
 
 
@@ -193,11 +197,15 @@ def parsed(source: str) -> ast.Module | None:
             return None
 
 
+def parses(text: str) -> bool:
+    """Whether it is a function that does something: a signature with its docstring alone would parse, too."""
+    tree = parsed(text)
+    return bool(tree and tree.body and isinstance(tree.body[0], ast.FunctionDef) and len(tree.body[0].body) > 1)
+
+
 def parse_reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """1 for what parses, with its prompt, as a function that does something: a docstring alone would parse, too."""
-    trees = (parsed(prompt + completion) for prompt, completion in zip(prompts, completions))
-    functions = (tree.body[0] if tree else None for tree in trees)
-    return [float(isinstance(function, ast.FunctionDef) and len(function.body) > 1) for function in functions]
+    """1 for what parses, with its prompt, as a function that does something."""
+    return [float(parses(prompt + completion)) for prompt, completion in zip(prompts, completions)]
 
 
 def some(functions: list[Function], number: int, tokenizer: Any, args: argparse.Namespace) -> list[Function]:
@@ -210,24 +218,40 @@ def some(functions: list[Function], number: int, tokenizer: Any, args: argparse.
     return list(islice(filter(fits, random.Random(args.seed).sample(functions, len(functions))), number))
 
 
-def completions(functions: list[Function], seed: int) -> list[dict[str, str]]:
+def completions(functions: list[Function], writer: Writer) -> list[dict[str, str]]:
     """Prompts with what to answer."""
     return [asdict(function) for function in functions]
 
 
-def preferences(functions: list[Function], seed: int) -> list[dict[str, str]]:
-    """Every function's own body, preferred to that of another function, which the seed decides."""
-    pairs = zip(functions, random.Random(seed).sample(functions, len(functions)))
+def preferences(functions: list[Function], writer: Writer) -> list[dict[str, str]]:
+    """What people wrote, preferred to what the fine-tuned model writes in its place."""
+    pairs = zip(functions, writer([function.prompt for function in functions]))
     return [
-        {"prompt": mine.prompt, "chosen": mine.completion, "rejected": other.completion}
-        for mine, other in pairs
-        if mine.completion != other.completion
+        {"prompt": function.prompt, "chosen": function.completion, "rejected": other}
+        for function, other in pairs
+        if function.completion != other
     ]
 
 
-def prompts(functions: list[Function], seed: int) -> list[dict[str, str]]:
+def prompts(functions: list[Function], writer: Writer) -> list[dict[str, str]]:
     """Prompts without answers."""
     return [{"prompt": function.prompt} for function in functions]
+
+
+@torch.no_grad()
+def write(source: str, tokenizer: Any, args: argparse.Namespace, prompts: list[str]) -> list[str]:
+    """Answers of a model, sampled with the same seed at every call."""
+    device = torch.accelerator.current_accelerator() if pretrain.HAS_ACCELERATOR else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(source).to(device)
+    written = []
+    with torch.random.fork_rng():
+        torch.manual_seed(SAMPLING_SEED)
+        for first in range(0, len(prompts), SAMPLING_BATCH):
+            rows = prompts[first : first + SAMPLING_BATCH]
+            batch = tokenizer(rows, return_tensors="pt", padding=True, return_token_type_ids=False).to(device)
+            tokens = model.generate(**batch, max_new_tokens=args.completion_tokens, do_sample=True, top_k=0)
+            written += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return written
 
 
 def left_by(stage: str, args: argparse.Namespace) -> str:
@@ -256,9 +280,8 @@ def prepare(stage: Stage, data: tuple[Part, Part], args: argparse.Namespace) -> 
     held_out = some(data[1].functions, args.eval_functions, tokenizer, args)
     if not train or not held_out:
         raise SystemExit("the dataset has no functions that --prompt-tokens and --completion-tokens have room for")
-    epochs = range(1, 1 + -(-number // len(train)))
-    rows = list(chain(*(stage.rows(train, args.seed + epoch) for epoch in epochs))), stage.rows(held_out, args.seed)
-    train_dataset, eval_dataset = map(datasets.Dataset.from_list, rows)
+    writer = partial(write, source, tokenizer, args)
+    train_dataset, eval_dataset = (datasets.Dataset.from_list(stage.rows(part, writer)) for part in (train, held_out))
     return source, {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer}
 
 
@@ -340,17 +363,17 @@ def remax_trainer(source: str, common: dict[str, Any], args: argparse.Namespace,
     return ReMaxTrainer(model, rewards, config, **data, reward_processing_classes=tokenizers)
 
 
-LOSS, BODIES = Figure("loss", "loss", "nats/token"), Figure("loss", "loss of bodies", "nats/token")
+LOSS, STATEMENTS = Figure("loss", "loss", "nats/token"), Figure("loss", "loss of statements", "nats/token")
 ACCURACY, SAMPLED = Figure("accuracy", "accuracy", "of pairs"), Figure("reward_sampled", "reward", "weighted sum")
 REWARDS = (
-    Figure("rewards/parse_reward/mean", "bodies that parse", "of all"),
+    Figure("rewards/parse_reward/mean", "statements that parse", "of all"),
     Figure("rewards/reward/mean", "reward model", "logit"),
     Figure("reward", "reward", "weighted sum"),
 )
 STAGES = (
     Stage("pretrain", "Pre-training", completions, pretrainer, LOSS, (LOSS,)),
-    Stage("sft", "Supervised fine-tuning with LoRA", completions, sft_trainer, BODIES, (BODIES,)),
-    Stage("reward", "Reward model: own body or another's?", preferences, reward_trainer, ACCURACY, (ACCURACY,)),
+    Stage("sft", "Supervised fine-tuning with LoRA", completions, sft_trainer, STATEMENTS, (STATEMENTS,)),
+    Stage("reward", "Reward model: written by a person, or by the model?", preferences, reward_trainer, ACCURACY, (ACCURACY,)),
     Stage("optimize", "Reward optimisation with ReMax", prompts, remax_trainer, SAMPLED, REWARDS),
 )
 
@@ -410,7 +433,9 @@ def save(trainer: Trainer, folder: Path) -> None:
     """Writes model and tokenizer, with adapters merged into the weights."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    model.config.use_cache = True  # which training does without, and without which sampling is slow
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.use_cache = True  # which training does without, and without which sampling is slow
     model.save_pretrained(folder)
     trainer.processing_class.save_pretrained(folder)
 
