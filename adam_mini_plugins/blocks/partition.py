@@ -67,8 +67,8 @@ class Partition:
 
     Attributes:
         scheme: ``"hessian"`` or ``"tensor"``.
-        left_out: Frozen parameters that no rule fits, by name, with the reason. They can't be
-            trained with this partition.
+        left_out: Frozen parameters that no rule fits and quantised ones, by name, with the reason.
+            They can't be trained with this partition.
     """
 
     def __init__(
@@ -189,6 +189,9 @@ def partition(
     unused = [pattern for pattern, _ in rules]
     names = _all_names(model)
     for parameter, (name, *aliases) in names.items():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            left_out[name] = f"quantised, {parameter.dtype}"  # packed as its library likes: it has no rows to cut
+            continue
         matching = [rule for rule in rules if fnmatch.filter((name, *aliases), rule[0])]
         unused = [pattern for pattern in unused if pattern not in {rule[0] for rule in matching}]
         site = Site(name, parameter.shape, _path(modules, name), facts)
