@@ -94,6 +94,7 @@ class AdamMini(Optimizer):
         scheme: str = "auto",
         value: str = "neuron",
         rules: Iterable[tuple[str, str | Layout]] = (),
+        probe: Any = None,
         **options: Any,
     ) -> AdamMini:
         """Builds the optimizer for all trainable parameters of a model, its partition included.
@@ -104,12 +105,13 @@ class AdamMini(Optimizer):
             betas: Decay of the momentum and of the second moment.
             eps: Added to the root of the second moment.
             weight_decay: Decoupled weight decay.
-            scheme: As for :func:`adam_mini_plugins.partition`, like the next two.
+            scheme: As for :func:`adam_mini_plugins.partition`, like the next three.
             value: How attention values are cut.
             rules: Rules of your own, tried first.
+            probe: One batch, to read heads off the model's own attention.
             **options: Whatever else :class:`AdamMini` takes.
         """
-        blocks = make_partition(model, scheme=scheme, value=value, rules=tuple(rules))  # type: ignore[arg-type]
+        blocks = make_partition(model, scheme, value, tuple(rules), probe)  # type: ignore[arg-type]
         return cls(trainable_parameters(model), lr, betas, eps, weight_decay, partition=blocks, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 import zoo
 from test_hf import Batches, arguments, inner
 from torch import nn
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
 peft = pytest.importorskip("peft", reason="the peft extra is not installed")
 import peft_zoo  # noqa: E402  after the check that PEFT is there
@@ -188,3 +188,32 @@ def test_all_parameters_frozen_is_an_error(tmp_path: Path) -> None:
         Trainer(model, arguments(tmp_path), train_dataset=Batches(batch)).train()
     with pytest.raises(ValueError, match=r"all .* are frozen"):
         AdamMini.for_model(model)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_lora_on_quantised_weights_trains_with_the_blocks_of_the_layers(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    plain, batch = zoo.CASES["llama-head_dim"].build()
+    plain.save_pretrained(tmp_path)
+    quantised = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    config = peft.LoraConfig(r=4, target_modules="all-linear")
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised, device_map="cpu"), config
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    args = arguments(tmp_path / "out", max_steps=3, learning_rate=1e-2)
+    trainer = Trainer(model, args, train_dataset=Batches(batch))
+
+    trainer.train()
+
+    blocks, expected = inner(trainer).partition, partition(peft.get_peft_model(plain, config))
+    adapters = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert {n: str(blocks[n].layout) for n in adapters} == {
+        n: str(expected[n].layout) for n in expected if ".lora_" in n
+    }
+    packed = {n for n, p in model.named_parameters() if not p.is_floating_point()}
+    assert len(packed) == 2 * 7
+    assert set(blocks.left_out) == packed
+    assert str(blocks).count("left out while frozen") == 7
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(adapters)

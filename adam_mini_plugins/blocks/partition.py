@@ -15,7 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .geometry import GeometryError, Slices
 from .layout import Layout
-from .rules import HESSIAN_RULES, TENSOR_RULES, Facts, Site, first_match, has_attention, output_axis
+from .probe import Probe, ProbeError, probe_model
+from .rules import HESSIAN_RULES, TENSOR_RULES, Facts, Rule, Site, first_match, has_attention, output_axis
 
 UserRule = tuple[str, "str | Layout"]
 
@@ -66,15 +67,15 @@ class Partition:
 
     Attributes:
         scheme: ``"hessian"`` or ``"tensor"``.
-        left_out: Frozen parameters that no rule fits, by name, with the reason. They can't be
-            trained with this partition.
+        left_out: Frozen parameters that no rule fits and quantised ones, by name, with the reason.
+            They can't be trained with this partition.
     """
 
     def __init__(
         self,
         scheme: str,
         entries: dict[str, TensorBlocks],
-        names: dict[Tensor, list[str]],
+        names: dict[nn.Parameter, list[str]],
         left_out: dict[str, str],
     ) -> None:
         self.scheme = scheme
@@ -139,12 +140,13 @@ def partition(
     scheme: Literal["auto", "hessian", "tensor"] = "auto",
     value: Literal["neuron", "whole"] = "neuron",
     rules: Sequence[UserRule] = (),
+    probe: Any = None,
 ) -> Partition:
     """Partitions a model's parameters into the blocks that share one second moment each.
 
     The blocks are the smallest dense sub-blocks of the Hessian (the paper's Principle 1 and
-    Algorithm 3), read off the model's modules, config and shapes. Nothing is allocated or run: a
-    model on the meta device will do.
+    Algorithm 3), read off the model's modules, config and shapes. Without a probe nothing is allocated
+    or run: a model on the meta device will do.
 
     Args:
         model: The model, with its adapters if it has any. Tied parameters count once.
@@ -157,10 +159,16 @@ def partition(
         rules: Rules of your own, tried first and in order: pairs of a shell-style pattern on the
             parameter's name and what its blocks are: ``"neuron"``, ``"tensor"``, ``"element"``, a
             number of heads as in ``"16 heads"``, or a :class:`Layout`.
+        probe: One batch, for a model whose structure doesn't tell: a tensor, a tuple of arguments, a
+            mapping of keyword arguments, or a callable that runs the model on one. The model is run
+            on it once, in evaluation mode, and the heads of queries and keys are read off what
+            reaches its attention; structure says the rest. The model comes back as it was. A small
+            batch will do: two sequences of some tokens.
 
     Raises:
         PartitionError: A trainable parameter that no rule fits, a rule that matches nothing or
-            doesn't fit what it matches, heads that don't divide a shape.
+            doesn't fit what it matches, heads that don't divide a shape, a model that can't be run
+            on the probe.
 
     Example::
 
@@ -169,8 +177,9 @@ def partition(
     """
     _check_choice("scheme", scheme, SCHEMES)
     _check_choice("value", value, VALUES)
+    seen = _probed(model, probe)
     if scheme == "auto":
-        scheme = "hessian" if has_attention(model) else "tensor"
+        scheme = "hessian" if seen.heads or has_attention(model) else "tensor"
     default_rules = HESSIAN_RULES if scheme == "hessian" else TENSOR_RULES
     facts = _facts(model, value)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -180,11 +189,18 @@ def partition(
     unused = [pattern for pattern, _ in rules]
     names = _all_names(model)
     for parameter, (name, *aliases) in names.items():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            left_out[name] = f"quantised, {parameter.dtype}"  # packed as its library likes: it has no rows to cut
+            continue
         matching = [rule for rule in rules if fnmatch.filter((name, *aliases), rule[0])]
         unused = [pattern for pattern in unused if pattern not in {rule[0] for rule in matching}]
         site = Site(name, parameter.shape, _path(modules, name), facts)
         try:
-            slices = _custom(site, *matching[0]) if matching else first_match(site, default_rules)
+            if matching:
+                slices = _custom(site, *matching[0])
+            else:
+                heads = seen.cut(parameter, output_axis(site.module), value) if scheme == "hessian" else None
+                slices = heads or _structure(site, default_rules, parameter in seen.multiplied)
         except GeometryError as error:
             if parameter.requires_grad:
                 raise PartitionError(_unknown(site, error)) from error
@@ -196,14 +212,42 @@ def partition(
     return Partition(scheme, entries, names, left_out)
 
 
+def _probed(model: nn.Module, probe: Any) -> Probe:
+    if probe is None:
+        return Probe()
+    try:
+        seen = probe_model(model, probe)
+    except ProbeError as error:
+        raise PartitionError(str(error)) from error
+    if not seen.heads:
+        raise PartitionError(
+            f"the probe has seen no attention in {type(model).__name__}: no scaled_dot_product_attention, no attention "
+            "function of transformers, no softmax over a product of two activations; leave probe= out for a model that "
+            "has none, or say with rules= what the blocks are"
+        )
+    return seen
+
+
+def _structure(site: Site, rules: Sequence[Rule], multiplied: bool) -> Slices:
+    """What the rules say; where they can't, an output neuron for a matrix that the probe saw at work elsewhere."""
+    try:
+        return first_match(site, rules)
+    except GeometryError:
+        if not multiplied or site.ndim != 2:
+            raise
+        axis = output_axis(site.module)
+        layout = Layout.each_row(site.shape[axis], (axis,))
+        return Slices("linear", layout, "a block an output neuron: the probe saw it make no query or key")
+
+
 def _check_choice(option: str, given: str, choices: tuple[str, ...]) -> None:
     if given not in choices:
         raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, got {given!r}")
 
 
-def _all_names(model: nn.Module) -> dict[Tensor, list[str]]:
+def _all_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     """Every parameter once, in the model's order, with all its names: more than one where it is tied."""
-    names: dict[Tensor, list[str]] = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     return names
@@ -261,7 +305,8 @@ def _unknown(site: Site, reason: object) -> str:
         f"no blocks for {site.name} of shape {tuple(site.shape)}, a {site.attribute!r} of "
         f"{type(site.module).__name__}: {reason}. Say what its blocks are with "
         f"rules=[({site.name!r}, ...)], where ... is 'neuron' (one block an output row), 'tensor', "
-        "'element', a number of heads as in '16 heads', or a Layout"
+        "'element', a number of heads as in '16 heads', or a Layout; or have the heads read off its attention by "
+        "probe=batch"
     )
 
 

@@ -18,7 +18,7 @@ def render(partition: Partition) -> str:
     elements = sum(t.shape.numel() for t in tensors)
     rows = [
         (
-            _shared_name(alike),
+            _shared_name([t.name for t in alike]),
             "x".join(map(str, first.shape)) or "scalar",
             first.role,
             f"{first.num_blocks:,}",
@@ -32,7 +32,10 @@ def render(partition: Partition) -> str:
         f"{partition.num_blocks():,} blocks"
     )
     lines = [title, *_columns([("name", "shape", "role", "blocks", "why"), *rows], right=3)]
-    lines += [f"left out while frozen: {name}: {reason}" for name, reason in partition.left_out.items()]
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for name, reason in partition.left_out.items():
+        left_out.setdefault((_NUMBER.sub("*", name), reason), []).append(name)
+    lines += [f"left out while frozen: {_shared_name(alike)}: {reason}" for (_, reason), alike in left_out.items()]
     return "\n".join(lines)
 
 
@@ -45,11 +48,11 @@ def _group(tensors: Iterable[TensorBlocks]) -> list[list[TensorBlocks]]:
     return list(groups.values())
 
 
-def _shared_name(tensors: Sequence[TensorBlocks]) -> str:
-    """One name for tensors that differ in their numbers: ``layers.0-31.mlp.weight``."""
-    numbers = [[int(n) for n in _NUMBER.findall(t.name)] for t in tensors]
+def _shared_name(names: Sequence[str]) -> str:
+    """One name for tensors whose names differ in their numbers: ``layers.0-31.mlp.weight``."""
+    numbers = [[int(n) for n in _NUMBER.findall(name)] for name in names]
     columns = iter([_ranges(sorted(set(column))) for column in zip(*numbers)])
-    return _NUMBER.sub(lambda _: next(columns), tensors[0].name)
+    return _NUMBER.sub(lambda _: next(columns), names[0])
 
 
 def _ranges(numbers: Sequence[int]) -> str:
