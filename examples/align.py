@@ -449,7 +449,7 @@ def plot(stage: Stage, runs: list[Run], path: Path) -> None:
     """Draws the training and, beside it, every held-out figure before and after."""
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
     panels = len(stage.held_out)
-    shape = {"figsize": (4.6 + 2.6 * panels, 4), "width_ratios": (1.7, *[1] * panels), "layout": "constrained"}
+    shape = {"figsize": (4.6 + 3 * panels, 4), "width_ratios": (1.5, *[1] * panels), "layout": "constrained"}
     with plt.rc_context(style):
         figure, (training, *others) = plt.subplots(1, 1 + panels, **shape)
         for (title, mine), colour, line in zip(by_title(runs).items(), cycle(pretrain.COLOURS), cycle(("-", "--"))):
