@@ -1,0 +1,130 @@
+"""``adam-mini plan``: what training a model will take, for Adam-mini beside other optimizers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..planning import Prediction, predict
+from . import sources
+from .support import CommandError, console, need, print_json, save_figure, unit_for
+
+# The dtype of weights, and with them of gradients; under autocast both stay float32.
+SCHEMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.float32}
+
+MEANING = """\
+dtype schemes:
+  fp32        weights, gradients and state in float32
+  bf16        weights, gradients and, where the optimizer follows them, state in bfloat16
+  bf16-mixed  autocast: weights, gradients and state stay float32, the same bytes as fp32; what it makes
+              smaller is activations, and during a forward it adds bfloat16 copies of weights
+
+Not counted: activations, buffers, temporary copies, what the allocator keeps in reserve."""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of ``adam-mini``."""
+    parser = commands.add_parser(
+        "plan",
+        help="predict the bytes of weights, gradients and optimizer state, without loading a weight",
+        description="Predicts what training a model takes, for Adam-mini beside other optimizers, to the byte.",
+        epilog=f"{MEANING}\n\nexample: adam-mini plan llama-3-70b --dtype bf16 --shards 8 --plot plan.png",
+    )
+    sources.add_options(parser)
+    parser.add_argument("--dtype", choices=SCHEMES, default="fp32", help="dtype scheme (default: fp32)")
+    parser.add_argument(
+        "--shards",
+        metavar="N",
+        type=sources.positive,
+        default=1,
+        help="processes over which parameters are cut along their first axis, as FSDP2 does; the bytes are those "
+        "of the fullest (default: 1)",
+    )
+    parser.add_argument("--state-dtype", metavar="DTYPE", help="dtype of Adam-mini's momentum (default: the weights')")
+    parser.add_argument("--json", action="store_true", help="print the bytes as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="write a stacked bar chart, as PNG, PDF or SVG by its name")
+    parser.set_defaults(execute=execute)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    model, blocks = sources.load(arguments, SCHEMES[arguments.dtype])
+    try:
+        predictions = predict(model, blocks, shards=arguments.shards, state_dtype=arguments.state_dtype)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    about = sources.describe(arguments.source, model)
+    setting = {"dtype": arguments.dtype, "shards": arguments.shards, "lora_rank": arguments.lora}
+    if arguments.json:
+        print_json({"model": about, **setting, "unit": "bytes", "optimizers": [p.as_dict() for p in predictions]})
+    else:
+        console().print(*table(sources.headline(about), _settings(arguments), predictions), sep="\n")
+    if arguments.plot:
+        save_figure(chart(sources.headline(about), _settings(arguments), predictions), arguments.plot)
+
+
+def _settings(arguments: argparse.Namespace) -> str:
+    parts = [arguments.dtype]
+    if arguments.lora:
+        parts.append(f"LoRA of rank {arguments.lora}")
+    if arguments.state_dtype:
+        parts.append(f"Adam-mini's momentum in {arguments.state_dtype}")
+    if arguments.shards > 1:
+        parts.append(f"the fullest of {arguments.shards} shards")
+    return ", ".join(parts)
+
+
+def table(headline: str, settings: str, predictions: Sequence[Prediction]) -> list[Any]:
+    """The figures for people: a headline and a table."""
+    tables, box = need("rich.table"), need("rich.box")
+    unit, size = unit_for(max(p.total for p in predictions))
+    adamw = predictions[1].state
+    shown = tables.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("optimizer")
+    for head in ("weights", "gradients", "state", "total"):
+        shown.add_column(f"{head}\n({unit})", justify="right")
+    shown.add_column("state,\nof AdamW's", justify="right")
+    shown.add_column("as in", style="dim")
+    for i, p in enumerate(predictions):
+        figures = [f"{number / size:,.2f}" for number in (p.weights, p.gradients, p.state, p.total)]
+        shown.add_row(p.optimizer, *figures, f"{p.state / adamw:.1%}", p.implementation, style="" if i else "bold")
+    return [headline, f"{settings}; {unit} = {size:,.0f} bytes; activations not counted", shown]
+
+
+def chart(headline: str, settings: str, predictions: Sequence[Prediction]) -> Any:
+    """The figures as stacked bars.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+    """
+    figures = need("matplotlib.figure")
+    unit, size = unit_for(max(p.total for p in predictions))
+    parts = (("weights", "#c9d3e0"), ("gradients", "#8da3bd"), ("state", "#e4672f"))
+    figure = figures.Figure(figsize=(8, 3.9), layout="constrained")
+    axes = figure.add_subplot()
+    names = [p.optimizer for p in predictions]
+    left = [0.0] * len(predictions)
+    longest = max(p.total for p in predictions) / size
+    for part, colour in parts:
+        widths = [getattr(p, part) / size for p in predictions]
+        label = "optimizer state" if part == "state" else part
+        bars = axes.barh(names, widths, left=left, height=0.64, color=colour, edgecolor="white", label=label)
+        if part == "state":  # the only part in which the bars differ
+            inside = [f"{w:,.1f}" if w > 0.06 * longest else "" for w in widths]
+            axes.bar_label(bars, inside, label_type="center", color="white", fontsize=9)
+        left = [a + b for a, b in zip(left, widths)]
+    for row, total in enumerate(left):
+        axes.annotate(f"{total:,.1f}", (total, row), (6, 0), textcoords="offset points", va="center", weight="bold")
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"{unit} ({settings}); activations not counted")
+    figure.suptitle(headline, x=0.02, ha="left", fontsize=11.5, fontweight="bold")
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, bbox_to_anchor=(0.01, 0.93), fontsize=9.5)
+    return figure
