@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import plan, run
+from . import inspect, plan, run
 from .support import CommandError
 
 __all__ = ["main"]
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (run, plan):
+    for command in (plan, inspect, run):
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:

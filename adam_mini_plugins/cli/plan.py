@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,14 @@ dtype schemes:
               smaller is activations, and during a forward it adds bfloat16 copies of weights
 
 Not counted: activations, buffers, temporary copies, what the allocator keeps in reserve."""
+
+
+# Parts of a bar: of a prediction, its label, its colour and that of the figure on it.
+PARTS = (
+    ("weights", "weights", "#cfd8e3", "#33475b"),
+    ("gradients", "gradients", "#9db2ca", "#33475b"),
+    ("state", "optimizer state", "#e4672f", "white"),
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -90,8 +99,8 @@ def table(headline: str, settings: str, predictions: Sequence[Prediction]) -> li
     shown.add_column("as in", style="dim")
     for i, p in enumerate(predictions):
         figures = [f"{number / size:,.2f}" for number in (p.weights, p.gradients, p.state, p.total)]
-        shown.add_row(p.optimizer, *figures, f"{p.state / adamw:.1%}", p.implementation, style="" if i else "bold")
-    return [headline, f"{settings}; {unit} = {size:,.0f} bytes; activations not counted", shown]
+        shown.add_row(p.optimizer, *figures, f"{p.state / adamw:.2%}", p.implementation, style="" if i else "bold")
+    return [headline, f"{settings}; {unit} = 10^{math.log10(size):.0f} bytes; activations not counted", shown]
 
 
 def chart(headline: str, settings: str, predictions: Sequence[Prediction]) -> Any:
@@ -102,29 +111,28 @@ def chart(headline: str, settings: str, predictions: Sequence[Prediction]) -> An
     """
     figures = need("matplotlib.figure")
     unit, size = unit_for(max(p.total for p in predictions))
-    parts = (("weights", "#c9d3e0"), ("gradients", "#8da3bd"), ("state", "#e4672f"))
     figure = figures.Figure(figsize=(8, 3.9), layout="constrained")
     axes = figure.add_subplot()
     names = [p.optimizer for p in predictions]
-    left = [0.0] * len(predictions)
     longest = max(p.total for p in predictions) / size
-    for part, colour in parts:
+    left = [0.0] * len(predictions)
+    for part, label, colour, text in PARTS:
         widths = [getattr(p, part) / size for p in predictions]
-        label = "optimizer state" if part == "state" else part
-        bars = axes.barh(names, widths, left=left, height=0.64, color=colour, edgecolor="white", label=label)
-        if part == "state":  # the only part in which the bars differ
-            inside = [f"{w:,.1f}" if w > 0.06 * longest else "" for w in widths]
-            axes.bar_label(bars, inside, label_type="center", color="white", fontsize=9)
+        bars = axes.barh(names, widths, left=left, height=0.66, color=colour, edgecolor="white", label=label)
+        inside = [f"{w:,.1f}" if w > 0.07 * longest else "" for w in widths]
+        axes.bar_label(bars, inside, label_type="center", color=text, fontsize=9)
         left = [a + b for a, b in zip(left, widths)]
-    for row, total in enumerate(left):
-        axes.annotate(f"{total:,.1f}", (total, row), (6, 0), textcoords="offset points", va="center", weight="bold")
+    for row, p in enumerate(predictions):
+        thin = p.state / size <= 0.07 * longest  # too thin for its figure to stand inside
+        end = f"{p.total / size:,.1f}" + (f"  (state {p.state / size:,.2f})" if thin else "")
+        axes.annotate(end, (left[row], row), (6, 0), textcoords="offset points", va="center", weight="bold")
     axes.invert_yaxis()
-    axes.margins(x=0.1)
+    axes.margins(x=0.14, y=0.03)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.set_xlabel(f"{unit} ({settings}); activations not counted")
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=3, frameon=False, fontsize=9.5)
     figure.suptitle(headline, x=0.02, ha="left", fontsize=11.5, fontweight="bold")
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, bbox_to_anchor=(0.01, 0.93), fontsize=9.5)
     return figure

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+DPI = 200  # of pictures
+
 
 class CommandError(Exception):
     """Something for the user to mend: the command line shows the message alone and exits with status 2."""
@@ -46,7 +48,7 @@ def save_figure(figure: Any, file: str) -> None:
         CommandError: The file can't be written, or matplotlib doesn't know its format.
     """
     try:
-        figure.savefig(file, dpi=200)
+        figure.savefig(file, dpi=DPI)
     except (OSError, ValueError) as error:
         raise CommandError(f"the plot can't be written to {str(Path(file))!r}: {error}") from error
 
