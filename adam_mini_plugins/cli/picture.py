@@ -151,7 +151,7 @@ class Tile:
     def caption(self) -> str:
         """Its shape and number of blocks."""
         number = self.entry.num_blocks
-        return f"{'×'.join(map(str, self.entry.shape)) or 'scalar'}, {number:,} block{'s' if number > 1 else ''}"
+        return f"{' x '.join(map(str, self.entry.shape)) or 'scalar'}, {number:,} block{'s' if number > 1 else ''}"
 
     @property
     def reason(self) -> str:
@@ -161,7 +161,7 @@ class Tile:
     @property
     def room(self) -> tuple[float, float]:
         """Width and height with the text above, the lens beside and a margin."""
-        text = LETTER * max(1.25 * len(self.label), 1.15 * len(self.caption), len(self.reason))
+        text = LETTER * max(1.5 * len(self.label), 1.15 * len(self.caption), len(self.reason))
         drawn = self.width + (0 if self.is_line else LENS_GAP + LENS_WIDTH)
         height = self.height if self.is_line else max(self.height, LENS_ROWS * LENS_ROW + 0.15)
         return max(text, drawn) + MARGIN, TEXT + height + MARGIN
@@ -243,9 +243,10 @@ def _tiles(entries: Sequence[TensorBlocks]) -> list[Tile]:
 
 
 def _label(name: str) -> str:
-    """A name without its layer and without what all weights are called."""
+    """A name inside its layer, outside of any its last parts, without what all weights are called."""
     number = _NUMBER.search(name)
-    return (name[number.end() + 1 :] if number else name).removesuffix(".weight")
+    name = name.removesuffix(".weight")
+    return name[number.end() + 1 :] if number else ".".join(name.split(".")[-2:])
 
 
 def _shelves(tiles: Iterable[Tile], width: float) -> list[list[Tile]]:
@@ -277,7 +278,7 @@ def _draw_tile(axes: Any, tile: Tile, left: float, top: float) -> None:
         _box(axes, left + CARD * card, top + CARD * card, tile.width, tile.height, facecolor="white", **edge)
     pixels = [round(DPI * side) for side in (tile.height, tile.width)]
     colours = tile.colours(pixels[0] if tile.index.shape[0] > 1 else pixels[1])
-    fewer = [min(extent, most) for extent, most in zip(colours.shape, pixels)]
+    fewer = (min(colours.shape[0], pixels[0]), min(colours.shape[1], pixels[1]))
     pooled = adaptive_avg_pool2d(colours.permute(2, 0, 1), fewer).permute(1, 2, 0)
     box = (left, left + tile.width, top + tile.height, top)
     axes.imshow(pooled.numpy(), extent=box, aspect="auto", interpolation="nearest", zorder=2)
@@ -317,7 +318,7 @@ def _draw_lens(axes: Any, tile: Tile, left: float, top: float) -> None:
         _box(axes, *place, facecolor=colour, edgecolor="white", linewidth=0.7, zorder=2)
     below = y + (LENS_WIDTH if by_column else shown * LENS_ROW)
     what = "columns" if by_column else "rows"
-    axes.text(x, below + 0.03, f"{what} {start}–{start + shown - 1}", fontsize=6, color=GREY, va="top")
+    axes.text(x, below + 0.03, f"{what} {start} to {start + shown - 1}", fontsize=6, color=GREY, va="top")
 
 
 def _box(axes: Any, left: float, top: float, width: float, height: float, **style: Any) -> None:
