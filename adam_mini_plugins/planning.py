@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .blocks import Partition, TensorBlocks
 from .memory import adamw_state_bytes
-from .optimizer import _momentum_dtype, _second_moment_dtype, trainable_parameters
+from .optimizer import _dtype_name, _momentum_dtype, _second_moment_dtype, trainable_parameters
 
 _STEP_BYTES = torch.float32.itemsize  # torch's optimizers count steps in float32, each parameter its own
 
@@ -85,8 +85,9 @@ def predict(
         state_dtype: The dtype of Adam-mini's momentum, as for :class:`AdamMini`.
 
     Raises:
-        ValueError: ``shards`` is less than 1, or no parameter is trainable.
+        ValueError: ``shards`` is less than 1, no parameter is trainable, or there is no such dtype.
     """
+    state_dtype = _dtype_name(state_dtype)
     if shards < 1:
         raise ValueError(f"shards must be 1 or more, got {shards}")
     held = [Shard(_first_shard(p, shards), blocks[name]) for name, p in trainable_parameters(model)]

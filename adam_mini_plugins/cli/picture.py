@@ -312,10 +312,11 @@ def _draw_lens(axes: Any, tile: Tile, left: float, top: float) -> None:
             axes.plot((at, corner), (top, y), color=GREY, lw=0.5, zorder=1)
     for i in range(shown):
         colour = tuple(line[start + i].tolist())
-        place = (
-            (x + i * LENS_ROW, y, LENS_ROW, LENS_WIDTH) if by_column else (x, y + i * LENS_ROW, LENS_WIDTH, LENS_ROW)
-        )
-        _box(axes, *place, facecolor=colour, edgecolor="white", linewidth=0.7, zorder=2)
+        style = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.7, "zorder": 2}
+        if by_column:
+            _box(axes, x + i * LENS_ROW, y, LENS_ROW, LENS_WIDTH, **style)
+        else:
+            _box(axes, x, y + i * LENS_ROW, LENS_WIDTH, LENS_ROW, **style)
     below = y + (LENS_WIDTH if by_column else shown * LENS_ROW)
     what = "columns" if by_column else "rows"
     axes.text(x, below + 0.03, f"{what} {start} to {start + shown - 1}", fontsize=6, color=GREY, va="top")

@@ -10,7 +10,9 @@ import argparse
 import difflib
 import importlib.util
 import os
+import re
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable
@@ -49,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a rule of your own, tried first: 'neuron', 'tensor', 'element' or '16 heads' for names like PATTERN",
     )
-    names = "\n  ".join(_lines(list(PRESETS), width=90))
+    names = "\n  ".join(textwrap.wrap(", ".join(PRESETS), width=90, break_on_hyphens=False))
     parser.epilog = f"{parser.epilog or ''}\n\npresets:\n  {names}".strip()
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
@@ -106,7 +108,8 @@ def build(source: str) -> nn.Module:
 
 def describe(source: str, model: nn.Module) -> dict[str, Any]:
     """What is said of a model beside any figures about it."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under adapters
+    base: Any = getattr(model, "get_base_model", None)  # what stands under adapters
+    inner = base() if callable(base) else model
     return {
         "source": source,
         "class": type(inner).__name__,
@@ -202,7 +205,7 @@ def _on_meta(what: str, make: Callable[[], Any]) -> Any:
 
 
 def _attempt(what: str, call: Callable[[], Any]) -> Any:
-    """Calls code of others; what it raises is shown with the place it comes from.
+    """Calls code of others; what it raises becomes a message, with the user's own line that led there.
 
     Raises:
         CommandError: It raises anything, an exit included.
@@ -210,9 +213,11 @@ def _attempt(what: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except (Exception, SystemExit) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{last.filename}:{last.lineno}"
-        raise CommandError(f"{what}: {type(error).__name__}: {error}\n  at {place}, in {last.name}") from error
+        # The user's own line, where there is one: not that of a library deeper down.
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if f.filename != __file__ and not re.search("site-packages|^<frozen", f.filename)]
+        place = f"\n  at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name}" if own else ""
+        raise CommandError(f"{what}: {type(error).__name__}: {error}{place}") from error
 
 
 def positive(text: str) -> int:
@@ -228,9 +233,3 @@ def _rule(text: str) -> tuple[str, str]:
     if not (pattern and equals and blocks):
         raise argparse.ArgumentTypeError(f"must be PATTERN=BLOCKS, as in '*.mixer.weight=16 heads', got {text!r}")
     return pattern, blocks
-
-
-def _lines(words: list[str], width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(", ".join(words), width, break_on_hyphens=False)

@@ -33,7 +33,7 @@ def console() -> Any:
     """Rich's console; where the output is no terminal, wide enough that no line of a table is broken."""
     rich = need("rich.console")
     shown = rich.Console()
-    return shown if shown.is_terminal else rich.Console(width=180)
+    return shown if shown.is_terminal else rich.Console(width=400)
 
 
 def print_json(record: Any) -> None:
