@@ -33,13 +33,14 @@ def execute(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     model, blocks = sources.load(arguments)
     about = sources.describe(arguments.source, model)
+    if arguments.plot:
+        layer, tensors = layer_of(blocks, arguments.layer)
+        title = f"{about['source']} ({about['class']}): the blocks of {layer or 'all tensors'}"
+        save_figure(draw(title, tensors, layer), arguments.plot)
     if arguments.json:
         print_json({"model": about, **record(blocks)})
     else:
         console().print(*table(sources.headline(about), blocks), sep="\n")
-    if arguments.plot:
-        name, tensors = layer_of(blocks, arguments.layer)
-        save_figure(draw(f"{about['source']} ({about['class']}): the blocks of {name}", tensors), arguments.plot)
 
 
 def record(blocks: Partition) -> dict[str, Any]:

@@ -46,7 +46,7 @@ NOTE = (
 )
 
 # Inches.
-WIDTH, MARGIN, HEAD, TEXT = 13.0, 0.3, 1.25, 0.51
+WIDTH, LEAST, MARGIN, HEAD, TEXT = 13.0, 10.0, 0.3, 1.25, 0.51
 LARGEST = 1.75  # the largest side inside a layer
 LINE = 0.1  # the thickness of a vector
 LETTER = 0.056  # of the smallest text
@@ -66,6 +66,9 @@ def layer_of(blocks: Partition, wanted: str | None = None) -> tuple[str, list[Te
         blocks: The partition.
         wanted: The layer's name; by default the first of the kind that there is most of.
 
+    Returns:
+        The layer's name and the tensors; no name and all tensors where no layer is like another.
+
     Raises:
         CommandError: There is no such layer.
     """
@@ -77,13 +80,13 @@ def layer_of(blocks: Partition, wanted: str | None = None) -> tuple[str, list[Te
             layers.setdefault(entry.name[: number.end()], []).append(entry)
         else:
             outside.append(entry)
-    if not layers and wanted is None:
-        return "all tensors", outside[:MOST_TENSORS]
     if wanted is not None and wanted not in layers:
         close = difflib.get_close_matches(wanted, layers, n=1, cutoff=0)
         raise CommandError(f"no layer {wanted!r}{f'; the nearest is {close[0]}' if close else ''}")
     kinds = {name: tuple((e.name[len(name) :], e.shape) for e in members) for name, members in layers.items()}
     frequency = Counter(kinds.values())
+    if wanted is None and max(frequency.values(), default=0) < 2:
+        return "", list(blocks.values())[:MOST_TENSORS]
     # Of kinds as frequent as one another, the one that holds most.
     size = {name: sum(e.shape.numel() for e in members) for name, members in layers.items()}
     name = wanted or max(layers, key=lambda layer: (frequency[kinds[layer]], size[layer]))
@@ -189,18 +192,19 @@ class Tile:
         return colour + 0.42 * pale * (1 - colour)
 
 
-def draw(title: str, entries: Sequence[TensorBlocks]) -> Any:
+def draw(title: str, entries: Sequence[TensorBlocks], layer: str = "") -> Any:
     """Draws tensors: embeddings on the left, outputs on the right, what stands between them in the middle.
 
     Args:
         title: The picture's title.
         entries: The tensors and their blocks.
+        layer: The layer that they are of, which is not repeated in their names.
 
     Returns:
         A ``matplotlib.figure.Figure``.
     """
     figures, patches = need("matplotlib.figure"), need("matplotlib.patches")
-    tiles = _tiles(entries)
+    tiles = _tiles(entries, layer)
     sides = [[tile for tile in tiles if tile.entry.role == role and not tile.is_line] for role in SIDES]
     middle = [tile for tile in tiles if tile not in sides[0] + sides[1]]
     widths = [max((tile.room[0] for tile in side), default=0.0) for side in sides]
@@ -209,7 +213,7 @@ def draw(title: str, entries: Sequence[TensorBlocks]) -> Any:
     columns = [[[tile] for tile in sides[0]], shelves, [[tile] for tile in sides[1]]]
 
     used = [max((sum(tile.room[0] for tile in shelf) for shelf in column), default=0.0) for column in columns]
-    width = sum(used) + 2 * MARGIN
+    width = max(sum(used), LEAST) + 2 * MARGIN
     height = HEAD + max(sum(max(tile.room[1] for tile in shelf) for shelf in column) for column in columns)
     figure = figures.Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -235,18 +239,18 @@ def draw(title: str, entries: Sequence[TensorBlocks]) -> Any:
     return figure
 
 
-def _tiles(entries: Sequence[TensorBlocks]) -> list[Tile]:
+def _tiles(entries: Sequence[TensorBlocks], layer: str) -> list[Tile]:
     """The tensors as they are drawn, the largest side inside a layer so that four matrices fit in a line."""
     inner = [entry for entry in entries if entry.role not in SIDES] or entries
     unit = LARGEST / max(max(Tile(entry, "", 1.0).shape) for entry in inner) ** (1 / 3)
-    return [Tile(entry, _label(entry.name), unit) for entry in entries]
+    return [Tile(entry, _label(entry.name, layer), unit) for entry in entries]
 
 
-def _label(name: str) -> str:
-    """A name inside its layer, outside of any its last parts, without what all weights are called."""
-    number = _NUMBER.search(name)
-    name = name.removesuffix(".weight")
-    return name[number.end() + 1 :] if number else ".".join(name.split(".")[-2:])
+def _label(name: str, layer: str) -> str:
+    """A name inside its layer, outside of it its last parts, without what all weights are called."""
+    short = name.removesuffix(".weight")
+    inside = short.removeprefix(f"{layer}.")
+    return inside if inside != short else ".".join(short.split(".")[-2:])
 
 
 def _shelves(tiles: Iterable[Tile], width: float) -> list[list[Tile]]:

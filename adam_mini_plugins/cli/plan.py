@@ -66,13 +66,13 @@ def execute(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise CommandError(str(error)) from error
     about = sources.describe(arguments.source, model)
+    if arguments.plot:
+        save_figure(chart(about, _settings(arguments), predictions), arguments.plot)
     setting = {"dtype": arguments.dtype, "shards": arguments.shards, "lora_rank": arguments.lora}
     if arguments.json:
         print_json({"model": about, **setting, "unit": "bytes", "optimizers": [p.as_dict() for p in predictions]})
     else:
         console().print(*table(sources.headline(about), _settings(arguments), predictions), sep="\n")
-    if arguments.plot:
-        save_figure(chart(sources.headline(about), _settings(arguments), predictions), arguments.plot)
 
 
 def _settings(arguments: argparse.Namespace) -> str:
@@ -103,7 +103,7 @@ def table(headline: str, settings: str, predictions: Sequence[Prediction]) -> li
     return [headline, f"{settings}; {unit} = 10^{math.log10(size):.0f} bytes; activations not counted", shown]
 
 
-def chart(headline: str, settings: str, predictions: Sequence[Prediction]) -> Any:
+def chart(model: dict[str, Any], settings: str, predictions: Sequence[Prediction]) -> Any:
     """The figures as stacked bars.
 
     Returns:
@@ -111,7 +111,7 @@ def chart(headline: str, settings: str, predictions: Sequence[Prediction]) -> An
     """
     figures = need("matplotlib.figure")
     unit, size = unit_for(max(p.total for p in predictions))
-    figure = figures.Figure(figsize=(8, 3.9), layout="constrained")
+    figure = figures.Figure(figsize=(8, 4.1), layout="constrained")
     axes = figure.add_subplot()
     names = [p.optimizer for p in predictions]
     longest = max(p.total for p in predictions) / size
@@ -132,7 +132,9 @@ def chart(headline: str, settings: str, predictions: Sequence[Prediction]) -> An
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.set_xlabel(f"{unit} ({settings}); activations not counted")
+    axes.set_xlabel(f"{unit}, activations not counted")
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=3, frameon=False, fontsize=9.5)
-    figure.suptitle(headline, x=0.02, ha="left", fontsize=11.5, fontweight="bold")
+    title, _, size_of_it = sources.headline(model).partition(", ")
+    axes.text(0, 1.2, title, transform=axes.transAxes, fontsize=12, weight="bold")
+    axes.text(0, 1.125, f"{size_of_it}; {settings}", transform=axes.transAxes, fontsize=9, color="#5a6572")
     return figure

@@ -10,8 +10,8 @@ import argparse
 import difflib
 import importlib.util
 import os
-import re
 import sys
+import sysconfig
 import textwrap
 import traceback
 import warnings
@@ -215,7 +215,8 @@ def _attempt(what: str, call: Callable[[], Any]) -> Any:
     except (Exception, SystemExit) as error:
         # The user's own line, where there is one: not that of a library deeper down.
         frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if f.filename != __file__ and not re.search("site-packages|^<frozen", f.filename)]
+        libraries = (__file__, sysconfig.get_paths()["stdlib"], "<frozen")
+        own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(libraries)]
         place = f"\n  at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name}" if own else ""
         raise CommandError(f"{what}: {type(error).__name__}: {error}{place}") from error
 
