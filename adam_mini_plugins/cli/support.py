@@ -32,8 +32,9 @@ def need(module: str) -> Any:
 def console() -> Any:
     """Rich's console; where the output is no terminal, wide enough that no line of a table is broken."""
     rich = need("rich.console")
-    shown = rich.Console()
-    return shown if shown.is_terminal else rich.Console(width=400)
+    plain = {"emoji": False, "markup": False}  # names are shown as they are, model.py:llama: without a llama
+    shown = rich.Console(**plain)
+    return shown if shown.is_terminal else rich.Console(width=400, **plain)
 
 
 def print_json(record: Any) -> None:
