@@ -393,9 +393,11 @@ def test_options_out_of_range(folder: Path, capsys: pytest.CaptureFixture[str]) 
 def test_models_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "package").mkdir()
     (folder / "package" / "inner.py").write_text(FACTORIES)
-    for source in ("models.py:model", "models:model", "package.inner:model", str(folder / "models.py") + ":model"):
+    (folder / "json.py").write_text(FACTORIES)
+    for source in ("json.py:model", "models:model", "package.inner:model", str(folder / "models.py") + ":model"):
         record = plan_json(capsys, source)
         assert record["model"] == {"source": source, "class": "Linear", "parameters": 15, "trainable": 15}
+    assert sys.modules["json"] is json
     assert torch.empty(()).device.type == "cpu"  # nothing is left of the meta device
 
 

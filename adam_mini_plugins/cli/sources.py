@@ -174,11 +174,12 @@ def _import_file(path: Path) -> ModuleType:
     if not path.exists():
         raise CommandError(f"no file {str(path)!r}")
     sys.path.insert(0, str(path.resolve().parent))  # as for a script, so that it finds its neighbours
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: a file called types.py must not take the place of another module.
+    spec = importlib.util.spec_from_file_location("__model__", path)
     if spec is None or spec.loader is None:
         raise CommandError(f"{str(path)!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[spec.name] = module
     _attempt(f"importing {path}", lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
     return module
 
