@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +123,21 @@ def test_it_is_what_the_callback_measures_in_a_trainer(tmp_path: Path, optim: st
     plan = predicted(on_meta("llama"))
     assert memory.memory.state_bytes == plan["Adam-mini" if optim == "adam_mini" else "AdamW"].state
     assert memory.memory.adamw_state_bytes == plan["AdamW"].state
+
+
+def test_it_is_what_the_demo_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "examples")
+    import pretrain
+
+    record = json.loads((root / "docs" / "pretrain.json").read_text())
+    words = record["arguments"]["vocab_size"]
+    tokenizer = SimpleNamespace(get_vocab_size=lambda: words, token_to_id=lambda token: 0)
+    with torch.device("meta"):
+        model = pretrain.build_model(SimpleNamespace(**record["arguments"]), tokenizer)
+    plan = predicted(model)
+    measured = {run["optim"]: run["state_bytes"] for run in record["runs"]}
+    assert measured == {"adam_mini": plan["Adam-mini"].state, "adamw_torch": plan["AdamW"].state}
 
 
 @pytest.mark.parametrize("shards", [2, 3, 7])
