@@ -86,12 +86,12 @@ def layer_of(blocks: Partition, wanted: str | None = None) -> tuple[str, list[Te
     kinds = {name: tuple((e.name[len(name) :], e.shape) for e in members) for name, members in layers.items()}
     frequency = Counter(kinds.values())
     if wanted is None and max(frequency.values(), default=0) < 2:
-        return "", list(blocks.values())[:MOST_TENSORS]
+        return "", list(blocks.values())
     # Of kinds as frequent as one another, the one that holds most.
     size = {name: sum(e.shape.numel() for e in members) for name, members in layers.items()}
     name = wanted or max(layers, key=lambda layer: (frequency[kinds[layer]], size[layer]))
     tables = [entry for entry in outside if entry.role in ("embedding", "output") and len(entry.shape) > 1]
-    return name, layers[name][:MOST_TENSORS] + tables
+    return name, tables + layers[name]
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ def draw(title: str, entries: Sequence[TensorBlocks], layer: str = "") -> Any:
         A ``matplotlib.figure.Figure``.
     """
     figures, patches = need("matplotlib.figure"), need("matplotlib.patches")
-    tiles = _tiles(entries, layer)
+    tiles = _tiles(entries[:MOST_TENSORS], layer)
+    left_out = f" The first {MOST_TENSORS} of {len(entries)} tensors." if len(entries) > MOST_TENSORS else ""
     sides = [[tile for tile in tiles if tile.entry.role == role and not tile.is_line] for role in SIDES]
     middle = [tile for tile in tiles if tile not in sides[0] + sides[1]]
     widths = [max((tile.room[0] for tile in side), default=0.0) for side in sides]
@@ -231,7 +232,7 @@ def draw(title: str, entries: Sequence[TensorBlocks], layer: str = "") -> Any:
     axes.set(xlim=(0, width), ylim=(height, 0))  # inches, as on paper
 
     axes.text(MARGIN, 0.34, title, fontsize=14, weight="bold", va="center")
-    axes.text(MARGIN, 0.62, NOTE, fontsize=9, color=GREY, va="center")
+    axes.text(MARGIN, 0.62, NOTE + left_out, fontsize=9, color=GREY, va="center")
     roles = {tile.entry.role for tile in tiles}
     handles = [patches.Patch(color=colour, label=role) for role, colour in COLOURS.items() if role in roles]
     place = {"loc": "center left", "bbox_to_anchor": (MARGIN - 0.08, 0.9), "bbox_transform": axes.transData}
