@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .partition import Partition, TensorBlocks
 
+HEADS = ("name", "shape", "role", "blocks", "why")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -16,7 +17,21 @@ def render(partition: Partition) -> str:
     """The table behind ``print(partition)``: name, shape, role, blocks, why; a line a kind of tensor."""
     tensors = list(partition.values())
     elements = sum(t.shape.numel() for t in tensors)
-    rows = [
+    title = (
+        f"{partition.scheme} partition: {len(tensors):,} tensors, {elements:,} elements, "
+        f"{partition.num_blocks():,} blocks"
+    )
+    lines = [title, *_columns([HEADS, *rows(partition)], right=3)]
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for name, reason in partition.left_out.items():
+        left_out.setdefault((_NUMBER.sub("*", name), reason), []).append(name)
+    lines += [f"left out while frozen: {_shared_name(alike)}: {reason}" for (_, reason), alike in left_out.items()]
+    return "\n".join(lines)
+
+
+def rows(partition: Partition) -> list[tuple[str, str, str, str, str]]:
+    """The cells under :data:`HEADS`, a row a kind of tensor: layers that are alike share it."""
+    return [
         (
             _shared_name([t.name for t in alike]),
             "x".join(map(str, first.shape)) or "scalar",
@@ -24,19 +39,9 @@ def render(partition: Partition) -> str:
             f"{first.num_blocks:,}",
             first.why,
         )
-        for alike in _group(tensors)
+        for alike in _group(partition.values())
         for first in alike[:1]
     ]
-    title = (
-        f"{partition.scheme} partition: {len(tensors):,} tensors, {elements:,} elements, "
-        f"{partition.num_blocks():,} blocks"
-    )
-    lines = [title, *_columns([("name", "shape", "role", "blocks", "why"), *rows], right=3)]
-    left_out: dict[tuple[str, str], list[str]] = {}
-    for name, reason in partition.left_out.items():
-        left_out.setdefault((_NUMBER.sub("*", name), reason), []).append(name)
-    lines += [f"left out while frozen: {_shared_name(alike)}: {reason}" for (_, reason), alike in left_out.items()]
-    return "\n".join(lines)
 
 
 def _group(tensors: Iterable[TensorBlocks]) -> list[list[TensorBlocks]]:
