@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback as LightningCallback
+    from lightning.pytorch import Callback as _Callback
 else:
+    # The same code under two names, which a program imports one of. Importing the other as well would make it the one
+    # that Lightning's messages are logged by.
+    _LIGHTNINGS = ("lightning.pytorch", "pytorch_lightning")
 
-    def _lightning_callback() -> type:
-        """One base class for callbacks that the trainers of both Lightning packages take.
+    def _bases() -> tuple[type, ...]:
+        """The callback classes of the Lightnings that are imported."""
+        return tuple(sys.modules[name].Callback for name in _LIGHTNINGS if hasattr(sys.modules.get(name), "Callback"))
 
-        ``lightning.pytorch`` and ``pytorch_lightning`` are the same code under two names, and each tells
-        its callbacks by its own class. Installing the first brings the second, so that mostly there are both.
-        """
-        bases = []
-        for package in ("lightning.pytorch", "pytorch_lightning"):
+    def _import_one() -> tuple[type, ...]:
+        for name in _LIGHTNINGS:
             try:
-                bases.append(importlib.import_module(package).Callback)
+                return (importlib.import_module(name).Callback,)
             except ModuleNotFoundError as error:
-                if error.name not in (package, package.partition(".")[0]):
+                if error.name not in (name, name.partition(".")[0]):
                     raise  # it is installed, and lacks something itself
-        if not bases:
-            raise ImportError(
-                'neither lightning nor pytorch_lightning is installed: pip install "adam-mini-plugins[lightning]"'
-            )
-        return type("LightningCallback", tuple(bases), {"__module__": __name__, "__doc__": bases[0].__doc__})
+        raise ImportError('Lightning is not installed: pip install "adam-mini-plugins[lightning]"')
 
-    LightningCallback = _lightning_callback()
+    _Callback = type("_Callback", _bases() or _import_one(), {"__module__": __name__})
+
+
+class LightningCallback(_Callback):
+    """A callback for the trainers of ``lightning.pytorch`` and of ``pytorch_lightning``, each of which wants its own."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> LightningCallback:
+        """Makes one that is also a callback of a Lightning imported since this module was."""
+        late = tuple(base for base in _bases() if not issubclass(cls, base))
+        if late:
+            cls = type(cls.__name__, (cls, *late), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        return super().__new__(cls)
+
 
 __all__ = ["LightningCallback"]
