@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import subprocess
 import sys
@@ -21,7 +22,13 @@ from transformers import get_cosine_schedule_with_warmup
 
 pytest.importorskip("lightning", reason="the lightning extra is not installed")
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.tuner import Tuner
 
 from adam_mini_plugins import AdamMini, PartitionError, partition
@@ -283,14 +290,15 @@ def test_16_mixed_scales_as_it_does_for_an_optimizer_that_is_not_fused() -> None
 @pytest.mark.parametrize("written_out", [False, True], ids=["callback", "for_model"])
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(written_out: bool, tmp_path: Path) -> None:
     callbacks = [] if written_out else [AdamMiniOptimizer()]
-    whole, half, rest = (built(*FORMS["sequential"], written_out=written_out) for _ in range(3))
-    ours = fit(whole, *callbacks)
-    stopped = fit(half, *callbacks, max_steps=STEPS // 2)
-    stopped.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = fit(rest, *callbacks, ckpt_path=str(tmp_path / "half.ckpt"))
+    whole, rest = (built(*FORMS["sequential"], written_out=written_out) for _ in range(2))
+    for module in (whole, rest):
+        module.batch_size = 24 * 2 // STEPS  # two epochs: Lightning resumes at the start of one
+    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=True)
+    ours = fit(whole, *callbacks, save, enable_checkpointing=True)
+    resumed = fit(rest, *callbacks, ckpt_path=str(tmp_path / "step=3.ckpt"))
     assert resumed.global_step == STEPS
+    assert rest.rates == whole.rates[STEPS // 2 :]
     assert_alike(rest, whole)
-    assert half.rates + rest.rates == whole.rates
     for p, q in zip(rest.parameters(), whole.parameters()):
         for key, value in ours.optimizers[0].state[q].items():
             assert torch.equal(resumed.optimizers[0].state[p][key], value), key
@@ -306,19 +314,20 @@ def test_an_adamw_checkpoint_is_refused_with_the_way_out(tmp_path: Path) -> None
 @pytest.mark.parametrize("written_out", [False, True], ids=["callback", "for_model"])
 def test_weight_averaging(written_out: bool) -> None:
     module = built(*FORMS["optimizer"], written_out=written_out)
-    averaging = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1, annealing_epochs=1)
-    seen: list[list[Tensor]] = []
+    averaging = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=2, annealing_epochs=1)
+    starts: list[list[Tensor]] = []
 
-    class Ends(Callback):
-        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            seen.append([p.detach().clone() for p in pl_module.parameters()])
+    class Starts(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            starts.append([p.detach().clone() for p in pl_module.parameters()])
 
     callbacks = [] if written_out else [AdamMiniOptimizer()]
-    trainer = fit(module, averaging, Ends(), *callbacks, max_steps=-1, max_epochs=3)
+    trainer = fit(module, averaging, Starts(), *callbacks, max_steps=-1, max_epochs=4)
     assert type(trainer.optimizers[0]) is AdamMini
-    # What is left is the mean of the weights after the epochs from the second on, all but the last of which count.
-    for parameter, *after in zip(module.parameters(), *seen[1:]):
-        torch.testing.assert_close(parameter, torch.stack(after).mean(dim=0))
+    # Lightning averages the weights at the starts of the epochs, from the second on.
+    for parameter, *of_epochs in zip(module.parameters(), *starts[1:]):
+        torch.testing.assert_close(parameter, torch.stack(of_epochs).mean(dim=0))
+        assert not torch.equal(of_epochs[0], of_epochs[1])
 
 
 @pytest.mark.parametrize("as_callback", [True, False])
@@ -326,13 +335,15 @@ def test_the_learning_rate_finder(as_callback: bool, tmp_path: Path) -> None:
     def settled(written_out: bool) -> Plain:
         module = built(Plain, one, written_out)
         mini = [] if written_out else [AdamMiniOptimizer()]
-        options = {"min_lr": 1e-4, "max_lr": 1e-1, "num_training": 12}
         if as_callback:
-            fit(module, LearningRateFinder(**options), *mini, default_root_dir=tmp_path)
+            finder = LearningRateFinder(1e-4, 1e-1, num_training_steps=24)
+            fit(module, finder, *mini, default_root_dir=tmp_path)
         else:
             quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-            trainer = Trainer(max_steps=STEPS, accelerator="cpu", logger=False, callbacks=mini, **quiet)
-            Tuner(trainer).lr_find(module, **options)
+            trainer = Trainer(
+                max_steps=STEPS, accelerator="cpu", logger=False, callbacks=mini, default_root_dir=tmp_path, **quiet
+            )
+            Tuner(trainer).lr_find(module, min_lr=1e-4, max_lr=1e-1, num_training=24)
             trainer.fit(module)
         return module
 
@@ -344,7 +355,7 @@ def test_the_learning_rate_finder(as_callback: bool, tmp_path: Path) -> None:
 def test_the_batch_size_finder(tmp_path: Path) -> None:
     modules = [built(*FORMS["cosine"], written_out=written_out) for written_out in (False, True)]
     for module, callbacks in zip(modules, ([AdamMiniOptimizer()], [])):
-        finder = BatchSizeFinder(steps_per_trial=1, init_val=2, max_trials=2)
+        finder = BatchSizeFinder(steps_per_trial=1, init_val=2, max_trials=3)
         trainer = fit(module, finder, *callbacks, default_root_dir=tmp_path)
         assert type(trainer.optimizers[0]) is AdamMini
     assert modules[0].batch_size == modules[1].batch_size == 8
@@ -541,35 +552,16 @@ def test_fitting_again_and_testing_leave_the_module_as_it_was() -> None:
 def test_what_was_converted_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "adam_mini_plugins"):
         fit(built(*FORMS["two optimizers"]), AdamMiniOptimizer())
+    blocks = (4 + 4 + 8) + 24 + 8 + 8 + 1 + 8 + 3 + 3  # query, key and value; then weight and bias of each layer
     assert [r.message for r in caplog.records if "converted" in r.message] == [
-        "2 of 2 optimizers converted: Partition(scheme='hessian', 8 tensors, 84 blocks)"
+        f"2 of 2 optimizers converted: Partition(scheme='hessian', 8 tensors, {blocks} blocks)"
     ]
 
 
-PROGRAM = """
-import sys, torch
-from {package} import LightningModule, Trainer
-from {package}.cli import LightningCLI
-
-class Module(LightningModule):
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(width, 2)
-    def training_step(self, batch, batch_idx):
-        return self.layer(batch).square().mean()
-    def train_dataloader(self):
-        return torch.utils.data.DataLoader(torch.ones(8, 4))
-
-cli = LightningCLI(Module, args=["fit", "--config", sys.argv[1]], save_config_callback=None)
-(optimizer,) = cli.trainer.optimizers
-group = optimizer.param_groups[0]
-blocks = optimizer.partition
-print("RESULT", type(optimizer).__name__, group["lr"], group["weight_decay"], blocks.scheme,
-      [blocks.num_blocks(name) for name in blocks], {str(state["exp_avg"].dtype) for state in optimizer.state.values()})
-"""
 CONFIG = """
 trainer:
-  max_steps: 3
+  max_epochs: 1
+  limit_train_batches: 3
   accelerator: cpu
   logger: false
   enable_checkpointing: false
@@ -588,27 +580,46 @@ lr_scheduler:
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
-def test_lightning_cli_takes_the_callback_from_yaml(package: str, tmp_path: Path) -> None:
+def test_lightning_cli_takes_the_callbacks_from_yaml(
+    package: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jsonargparse", reason="jsonargparse, which LightningCLI needs, is not installed")
+    monkeypatch.setattr(sys, "argv", ["program"])
+    for name in ("compat", "lightning", "callbacks.lightning"):  # the CLI imports them, after Lightning
+        monkeypatch.delitem(sys.modules, f"adam_mini_plugins.{name}", raising=False)
+    their = importlib.import_module(package)
+
+    class Module(their.LightningModule):
+        def __init__(self, width: int = 4) -> None:
+            super().__init__()
+            self.layer = nn.Linear(width, 2)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.layer(batch).square().mean()
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(torch.ones(8, 4))
+
     (tmp_path / "config.yaml").write_text(CONFIG)
-    program = PROGRAM.replace("{package}", package)
-    done = subprocess.run(
-        [sys.executable, "-W", "error:.*lr_scheduler.*:UserWarning", "-c", program, str(tmp_path / "config.yaml")],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    result = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert result == ["RESULT AdamMini 0.01 0.2 hessian [1, 2] {'torch.bfloat16'}"], done.stdout + done.stderr
-    assert "Memory of the optimizers' state" in done.stderr
+    command_line = ["fit", "--config", str(tmp_path / "config.yaml")]
+    cli_class = importlib.import_module(f"{package}.cli").LightningCLI
+    with caplog.at_level(logging.INFO):
+        cli = cli_class(Module, args=command_line, save_config_callback=None, auto_configure_optimizers=True)
+    (optimizer,) = cli.trainer.optimizers
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is AdamMini
+    assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (0.005, 0.01, 0.2)
+    assert [optimizer.partition.num_blocks(name) for name in ("layer.weight", "layer.bias")] == [1, 2]
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.bfloat16}
+    assert sum("Memory of the optimizers' state" in record.message for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_either_lightning_takes_the_callbacks_whichever_was_imported_first(package: str, ours_first: bool) -> None:
-    theirs = f"import logging, torch; from {package} import Callback, LightningModule, Trainer"
-    ours = (
-        "from adam_mini_plugins.lightning import AdamMiniOptimizer; "
-        "from adam_mini_plugins.callbacks.lightning import OptimizerMemoryMonitor"
-    )
-    program = """
+PROGRAM = """
+from adam_mini_plugins.lightning import AdamMiniOptimizer
+from adam_mini_plugins.callbacks.lightning import OptimizerMemoryMonitor
+from PACKAGE import Callback, LightningModule, Trainer
+import logging, torch
+
 class Module(LightningModule):
     def __init__(self):
         super().__init__()
@@ -620,14 +631,18 @@ class Module(LightningModule):
 
 callbacks = [AdamMiniOptimizer(), OptimizerMemoryMonitor()]
 assert all(isinstance(callback, Callback) for callback in callbacks)
-trainer = Trainer(max_steps=2, accelerator="cpu", logger=False, callbacks=callbacks, enable_checkpointing=False,
-                  enable_progress_bar=False)
-logging.getLogger(PACKAGE).setLevel(logging.ERROR)  # how its users silence it
+options = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+trainer = Trainer(max_steps=2, accelerator="cpu", callbacks=callbacks, **options)
+logging.getLogger("PACKAGE").setLevel(logging.ERROR)  # as people silence it
 trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(8, 4)))
 print(type(trainer.optimizers[0]).__name__, type(callbacks[0]).__name__, callbacks[1].memory.state_bytes)
 """
-    code = "\n".join([f"PACKAGE = {package!r}", *([ours, theirs] if ours_first else [theirs, ours]), program])
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_either_lightning_takes_callbacks_that_were_imported_before_it(package: str) -> None:
+    code = PROGRAM.replace("PACKAGE", package)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    # Momenta of 8 + 2 numbers, a second moment for the matrix and one for the bias, two counts.
-    assert done.stdout.split() == ["AdamMini", "AdamMiniOptimizer", str(4 * (10 + 2 + 2))], done.stderr
+    # Momenta of 8 + 2 numbers, a second moment for each of 2 + 2 rows, two counts.
+    assert done.stdout.split() == ["AdamMini", "AdamMiniOptimizer", str(4 * (10 + 4 + 2))], done.stderr
     assert "Memory of" not in done.stderr
