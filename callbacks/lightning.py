@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
-
 from adam_mini_plugins.compat import LightningCallback
 from adam_mini_plugins.memory import OptimizerMemory, measure, report
 
@@ -57,6 +55,8 @@ class OptimizerMemoryMonitor(LightningCallback):
             return
         self.memory = measure(*trainer.optimizers)
         if is_first:
+            from lightning_utilities.core.rank_zero import rank_zero_info  # which both Lightnings log by
+
             rank_zero_info("\n" + self.memory.table("Memory of the optimizers' state"))
         metrics = report(self.memory, pl_module.device)
         if metrics != self._logged:

@@ -293,9 +293,10 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(written_
     whole, rest = (built(*FORMS["sequential"], written_out=written_out) for _ in range(2))
     for module in (whole, rest):
         module.batch_size = 24 * 2 // STEPS  # two epochs: Lightning resumes at the start of one
-    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=True)
-    ours = fit(whole, *callbacks, save, enable_checkpointing=True)
-    resumed = fit(rest, *callbacks, ckpt_path=str(tmp_path / "step=3.ckpt"))
+    options = {"enable_checkpointing": True, "max_steps": -1, "max_epochs": 2}
+    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=STEPS // 2)
+    ours = fit(whole, *callbacks, save, **options)
+    resumed = fit(rest, *callbacks, copy.deepcopy(save), ckpt_path=str(tmp_path / "step=3.ckpt"), **options)
     assert resumed.global_step == STEPS
     assert rest.rates == whole.rates[STEPS // 2 :]
     assert_alike(rest, whole)
