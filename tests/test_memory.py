@@ -149,7 +149,7 @@ def test_the_table() -> None:
         "-------------------------------",
         "state              |  2.4 MB",
         "AdamW's would be   |  4.8 MB",
-        "saved              |   50.0%",
+        "saved              |   49.9%",
         "parameters trained | 600,000",
         "second moments     |     600",
         "-------------------------------",

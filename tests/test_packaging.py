@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import venv
@@ -73,9 +74,10 @@ def imported_from(folder: Path, *, within: Path) -> list[Path]:
 
 
 def test_an_editable_install_has_the_callbacks_of_the_top_of_the_repository() -> None:
-    done = python(IMPORTS)
-    files = [Path(line).resolve() for line in done.stdout.split()]
-    assert files == [ROOT / "callbacks" / "hf.py", ROOT / "callbacks" / "lightning.py"], done.stderr
+    pytest.importorskip("lightning", reason="the lightning extra is not installed")
+    for name in ("hf", "lightning"):
+        module = importlib.import_module(f"adam_mini_plugins.callbacks.{name}")
+        assert Path(str(module.__file__)).resolve() == ROOT / "callbacks" / f"{name}.py"
 
 
 def test_a_source_tree_has_the_callbacks(tmp_path: Path) -> None:
