@@ -6,9 +6,9 @@
 The module's ``configure_optimizers`` returns AdamW under a cosine, and stays as it is: Adam-mini is one callback of the
 trainer, and a second one reports the memory. Both runs start from the same weights and see the same batches.
 
-Without a network there is no model to start from, so that a small Llama first reads the source code of Python's standard
-library for a minute; what it is then tuned to is the English of the language reference, as ``help()`` has it. It ends
-with a table, a plot and Lightning's logs in ``runs/lightning_finetune/``, in about three minutes on two CPU cores.
+Without a network there is no model to start from, so that a small Llama first reads the source code of Python's
+standard library for a minute; what it is then tuned to is the English of the language reference, as ``help()`` has it.
+It ends with a table, a plot and Lightning's logs in ``runs/lightning_finetune/``, in about three minutes on two cores.
 
 With a network and a GPU, on a model and texts from the hub:
 
@@ -242,11 +242,10 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model, encode = (hub_model if args.model else small_model)(args)
     texts = read_texts(args)
-    held_out = texts[:: pretrain.HOLD_OUT_EVERY]
-    data = [
-        sequences([text for text in texts if text not in set(held_out)], encode, args.seq_len),
-        sequences(held_out, encode, args.seq_len)[: args.eval_sequences],
-    ]
+    every = pretrain.HOLD_OUT_EVERY
+    parts = [text for number, text in enumerate(texts) if number % every], texts[::every]
+    train, held_out = (sequences(part, encode, args.seq_len) for part in parts)
+    data = [train, held_out[: args.eval_sequences]]
     source = args.dataset or "Python's language reference"
     console.print(
         f"\n{len(data[0]):,} sequences of {args.seq_len} tokens to train on, {len(data[1])} held out: {source}\n"
@@ -254,7 +253,7 @@ def main() -> None:
     runs = []
     for optim in args.optim:
         seed_everything(args.seed, verbose=False)
-        loaders = [DataLoader(part, args.batch_size, shuffle=part is data[0]) for part in data]
+        loaders = [DataLoader(part, args.batch_size, shuffle=part is train) for part in data]
         module = Language(copy.deepcopy(model), args.lr, args.weight_decay, args.steps)
         runs.append(fit(module, optim, loaders, args.output_dir / optim, precision=args.precision))
     console.print(table(runs, "held-out loss (nats/token)"))
