@@ -207,7 +207,7 @@ def parse_arguments() -> argparse.Namespace:
 def small_model(args: argparse.Namespace) -> tuple[nn.Module, Callable[[str], list[int]]]:
     """A Llama that has read some source code, and its tokenizer."""
     size = asdict(pretrain.SIZES["demo"]) | {"steps": args.pretrain_steps, "seq_len": args.seq_len, "seed": args.seed}
-    settings = argparse.Namespace(**{**vars(args), **size, "dataset": None, "eval_sequences": 1})
+    settings = argparse.Namespace(**{**vars(args), **size, "dataset": None, "glob": ["*.py"], "eval_sequences": 1})
     tokenizer, training, _ = pretrain.load_data(settings)
     module = Language(pretrain.build_model(settings, tokenizer), settings.lr, args.weight_decay, args.pretrain_steps)
     options = {"enable_model_summary": False, "accelerator": "auto", "precision": args.precision}
