@@ -1,1 +1,1 @@
-"""Reports of what an optimizer's state takes, as callbacks: ``hf`` for transformers."""
+"""Reports of what an optimizer's state takes, as callbacks: ``hf`` for transformers, ``lightning`` for Lightning."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -28,20 +30,59 @@ def test_importing_it_imports_torch_alone() -> None:
     assert done.stdout.split() == ["adam_mini_plugins"], done.stderr
 
 
-@pytest.mark.parametrize("module", ["adam_mini_plugins.hf", "adam_mini_plugins.callbacks.hf"])
-def test_a_missing_extra_says_what_to_install(module: str) -> None:
-    done = python(f"import sys; sys.modules['transformers'] = None; import {module}")
-    assert 'pip install "adam-mini-plugins[hf]"' in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("extra", "packages", "modules"),
+    [
+        ("hf", ["transformers"], ["hf", "callbacks.hf"]),
+        ("lightning", ["lightning", "pytorch_lightning", "lightning_utilities"], ["lightning", "callbacks.lightning"]),
+    ],
+)
+def test_a_missing_extra_says_what_to_install(extra: str, packages: list[str], modules: list[str]) -> None:
+    for module in modules:
+        done = python(f"import sys; sys.modules.update(dict.fromkeys({packages})); import adam_mini_plugins.{module}")
+        assert f'pip install "adam-mini-plugins[{extra}]"' in done.stderr.splitlines()[-1]
 
 
 def test_the_version_is_the_installed_one() -> None:
     assert metadata.version("adam-mini-plugins") == adam_mini_plugins.__version__
 
 
-def test_the_callbacks_are_installed_from_the_top_of_the_repository() -> None:
-    import adam_mini_plugins.callbacks.hf as installed
+IMPORTS = """
+import adam_mini_plugins.callbacks.hf as hf, adam_mini_plugins.callbacks.lightning as lightning
+import adam_mini_plugins.lightning
+hf.OptimizerMemoryCallback(), lightning.OptimizerMemoryMonitor(), adam_mini_plugins.lightning.AdamMiniOptimizer()
+print(hf.__file__, lightning.__file__, sep="\\n")
+"""
 
-    assert Path(installed.__file__) == ROOT / "callbacks" / "hf.py"
+
+def imported_from(folder: Path, *, within: Path) -> list[Path]:
+    """Where the callbacks come from in a new virtual environment that has this one's packages, all but ours.
+
+    Args:
+        folder: What is added to the import path.
+        within: Where the environment is made.
+    """
+    pytest.importorskip("lightning", reason="the lightning extra is not installed")
+    venv.create(within / "env", symlinks=True)
+    (site,) = (within / "env").rglob("site-packages")
+    others = [path for path in sys.path if path.endswith("site-packages")]  # without the .pth files that lie there
+    (site / "paths.pth").write_text("\n".join([str(folder), *others]))
+    command = [str(within / "env" / "bin" / "python"), "-I", "-c", IMPORTS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=within)
+    assert done.returncode == 0, done.stderr
+    return [Path(line) for line in done.stdout.split()]
+
+
+def test_an_editable_install_has_the_callbacks_of_the_top_of_the_repository() -> None:
+    pytest.importorskip("lightning", reason="the lightning extra is not installed")
+    for name in ("hf", "lightning"):
+        module = importlib.import_module(f"adam_mini_plugins.callbacks.{name}")
+        assert Path(str(module.__file__)).resolve() == ROOT / "callbacks" / f"{name}.py"
+
+
+def test_a_source_tree_has_the_callbacks(tmp_path: Path) -> None:
+    files = imported_from(ROOT, within=tmp_path)
+    assert [file.resolve() for file in files] == [ROOT / "callbacks" / "hf.py", ROOT / "callbacks" / "lightning.py"]
 
 
 def test_a_wheel_holds_everything(tmp_path: Path) -> None:
@@ -51,17 +92,13 @@ def test_a_wheel_holds_everything(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    packaged = {p.relative_to(tmp_path / "site" / "adam_mini_plugins") for p in (tmp_path / "site").rglob("*.py")}
+    package = tmp_path / "site" / "adam_mini_plugins"
+    packaged = {p.relative_to(package) for p in package.rglob("*.py")}
     sources = {p.relative_to(ROOT / "adam_mini_plugins") for p in (ROOT / "adam_mini_plugins").rglob("*.py")}
     assert packaged == sources | {p.relative_to(ROOT) for p in (ROOT / "callbacks").rglob("*.py")}
-    assert (tmp_path / "site" / "adam_mini_plugins" / "py.typed").exists()
-    # -P and -S keep the checkout and its editable install out of the way.
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", "import sys; sys.path[:0] = sys.argv[1:]; "
-         "import adam_mini_plugins.callbacks.hf as m; print(m.__file__)", str(tmp_path / "site"), *sys.path[1:]],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.stdout.strip() == str(tmp_path / "site" / "adam_mini_plugins" / "callbacks" / "hf.py"), done.stderr
+    assert (package / "py.typed").exists()
+    files = imported_from(tmp_path / "site", within=tmp_path)
+    assert files == [package / "callbacks" / "hf.py", package / "callbacks" / "lightning.py"]
 
 
 def test_the_library_never_prints_nor_asserts() -> None:
