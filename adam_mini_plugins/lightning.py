@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 
 from .blocks import partition
-from .compat import LightningCallback
 from .convert import adam_mini_, is_adam
+from .lightning_base import LightningCallback
 from .optimizer import AdamMini
 
 if TYPE_CHECKING:

@@ -209,12 +209,12 @@ class AdamMini(Optimizer):
         """A parameter's state, made at its first step."""
         state = self.state[parameter]
         if not state:
-            dtype = _momentum_dtype(parameter, state_dtype)
+            dtype = momentum_dtype(parameter, state_dtype)
             shape = layout.state_shape(parameter.shape)
             # The count stays on the CPU, as torch's does: reading it must not wait for a device.
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = parameter.new_zeros(shape, dtype=_second_moment_dtype(parameter))
+            state["exp_avg_sq"] = parameter.new_zeros(shape, dtype=second_moment_dtype(parameter))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -275,8 +275,8 @@ class AdamMini(Optimizer):
                 source = state_dict["state"].get(key)
                 if source:
                     dtypes = {
-                        "exp_avg": _momentum_dtype(parameter, group["state_dtype"]),
-                        "exp_avg_sq": _second_moment_dtype(parameter),
+                        "exp_avg": momentum_dtype(parameter, group["state_dtype"]),
+                        "exp_avg_sq": second_moment_dtype(parameter),
                     }
                     for entry, dtype in dtypes.items():
                         value = source[entry].to(device=parameter.device, dtype=dtype)
@@ -319,10 +319,10 @@ def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
     for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"betas[{i}] must be at least 0 and less than 1, got {beta}")
-    return {"betas": tuple(float(beta) for beta in betas), "state_dtype": _dtype_name(options["state_dtype"])}
+    return {"betas": tuple(float(beta) for beta in betas), "state_dtype": dtype_name(options["state_dtype"])}
 
 
-def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
+def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.")
@@ -332,11 +332,11 @@ def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
     return name
 
 
-def _momentum_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
+def momentum_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
     return parameter.dtype if state_dtype is None else getattr(torch, state_dtype)
 
 
-def _second_moment_dtype(parameter: Tensor) -> torch.dtype:
+def second_moment_dtype(parameter: Tensor) -> torch.dtype:
     # In bfloat16, beta2 = 0.999 would leave it where it is: the change of a step rounds away.
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 

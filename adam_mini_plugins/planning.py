@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .blocks import Partition, TensorBlocks
 from .memory import adamw_state_bytes
-from .optimizer import _dtype_name, _momentum_dtype, _second_moment_dtype, trainable_parameters
+from .optimizer import dtype_name, momentum_dtype, second_moment_dtype, trainable_parameters
 
 _STEP_BYTES = torch.float32.itemsize  # torch's optimizers count steps in float32, each parameter its own
 
@@ -87,7 +87,7 @@ def predict(
     Raises:
         ValueError: ``shards`` is less than 1, no parameter is trainable, or there is no such dtype.
     """
-    state_dtype = _dtype_name(state_dtype)
+    state_dtype = dtype_name(state_dtype)
     if shards < 1:
         raise ValueError(f"shards must be 1 or more, got {shards}")
     held = [Shard(_first_shard(p, shards), blocks[name]) for name, p in trainable_parameters(model)]
@@ -118,9 +118,9 @@ def _first_shard(parameter: Tensor, shards: int) -> Tensor:
 
 def adam_mini_state_bytes(parameter: Tensor, blocks: TensorBlocks, state_dtype: str | None = None) -> int:
     """Bytes of state that AdamMini holds for a parameter, or for some of its rows."""
-    momentum = parameter.numel() * _momentum_dtype(parameter, state_dtype).itemsize
+    momentum = parameter.numel() * momentum_dtype(parameter, state_dtype).itemsize
     second_moments = math.prod(blocks.layout.state_shape(parameter.shape))
-    return momentum + second_moments * _second_moment_dtype(parameter).itemsize + _STEP_BYTES
+    return momentum + second_moments * second_moment_dtype(parameter).itemsize + _STEP_BYTES
 
 
 def _adamw(held: Sequence[Shard]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adam_mini_plugins.compat import LightningCallback
+from adam_mini_plugins.lightning_base import LightningCallback
 from adam_mini_plugins.memory import OptimizerMemory, measure, report
 
 if TYPE_CHECKING:

@@ -47,7 +47,6 @@ import datasets
 import pretrain
 import torch
 import transformers
-from adam_mini_plugins.callbacks.hf import OptimizerMemoryCallback
 from matplotlib import pyplot as plt
 from peft import LoraConfig
 from remax import ReMaxConfig, ReMaxTrainer
@@ -57,6 +56,8 @@ from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from adam_mini_plugins.callbacks.hf import OptimizerMemoryCallback
 
 MODEL = pretrain.Size(96, 3, 4, 2, 128, 500, vocab_size=2048, batch_size=8, lr=3e-3, warmup=0.05)
 HOLD_OUT_EVERY = 5  # of so many files one is held out
@@ -373,7 +374,7 @@ REWARDS = (
 STAGES = (
     Stage("pretrain", "Pre-training", completions, pretrainer, LOSS, (LOSS,)),
     Stage("sft", "Supervised fine-tuning with LoRA", completions, sft_trainer, STATEMENTS, (STATEMENTS,)),
-    Stage("reward", "Reward model: written by a person, or by the model?", preferences, reward_trainer, ACCURACY, (ACCURACY,)),
+    Stage("reward", "Reward model: who wrote it?", preferences, reward_trainer, ACCURACY, (ACCURACY,)),
     Stage("optimize", "Reward optimisation with ReMax", prompts, remax_trainer, SAMPLED, REWARDS),
 )
 

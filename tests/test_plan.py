@@ -13,12 +13,12 @@ import pytest
 import torch
 import transformers
 import zoo
-from adam_mini_plugins.callbacks.hf import OptimizerMemoryCallback
 from peft import LoraConfig, get_peft_model
 from test_hf import arguments, trainer_for
 from torch import Tensor, nn
 
 from adam_mini_plugins import AdamMini, partition
+from adam_mini_plugins.callbacks.hf import OptimizerMemoryCallback
 from adam_mini_plugins.cli import main
 from adam_mini_plugins.cli.presets import PRESETS
 from adam_mini_plugins.cli.sources import build

@@ -1,4 +1,4 @@
-"""What differs from one installation to the next."""
+"""A base for Lightning callbacks that both of its packages take."""
 
 from __future__ import annotations
 
