@@ -323,6 +323,11 @@ def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    """The name of a floating-point dtype, which checkpoints can hold; ``None`` as it is.
+
+    Raises:
+        ValueError: It is none.
+    """
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.")
@@ -333,11 +338,12 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
 
 
 def momentum_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
+    """The dtype of a parameter's momentum."""
     return parameter.dtype if state_dtype is None else getattr(torch, state_dtype)
 
 
 def second_moment_dtype(parameter: Tensor) -> torch.dtype:
-    # In bfloat16, beta2 = 0.999 would leave it where it is: the change of a step rounds away.
+    """The dtype of a parameter's second moments: in bfloat16, beta2 = 0.999 would round their every change away."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
