@@ -24,6 +24,7 @@ def surroundings(block: str) -> dict[str, Any]:
     model, batch = zoo.CASES["llama"].build()
     given: dict[str, Any] = {
         "model": model,
+        "batch": batch,
         "data": Batches(batch, samples=8),
         "Trainer": Trainer,
         "TrainingArguments": TrainingArguments,
@@ -37,6 +38,8 @@ def surroundings(block: str) -> dict[str, Any]:
 
         prompts = Dataset.from_list(trl_zoo.PROMPTS[:2])
         given |= {"prompts": prompts, "reward": trl_zoo.code_points, "tokenizer": trl_zoo.tokenizer()}
+    if "from lightning" in block:
+        pytest.importorskip("lightning", reason="the lightning extra is not installed")
     if "from peft" in block:
         pytest.importorskip("peft", reason="the peft extra is not installed")
     return given
