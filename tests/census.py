@@ -1,0 +1,401 @@
+"""Every architecture of the installed transformers, tiny, against its own attention.
+
+    python tests/census.py [MODEL_TYPE ...]
+
+builds a tiny instance of each model type, runs it, and compares :func:`partition` with what
+``tests/oracle.py`` sees. With no names it goes through all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import logging
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from census_data import OVERRIDES
+from oracle import observe
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
+
+from adam_mini_plugins import PartitionError, partition
+
+# What an architecture is mostly trained as comes first.
+KINDS = {
+    "causal-lm": ("CAUSAL_LM",),
+    "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
+    "multimodal": ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "VISUAL_QUESTION_ANSWERING"),
+    "masked-lm": ("MASKED_LM",),
+    "image": (
+        "IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "SEMANTIC_SEGMENTATION", "UNIVERSAL_SEGMENTATION",
+        "INSTANCE_SEGMENTATION", "DEPTH_ESTIMATION", "VIDEO_CLASSIFICATION", "ZERO_SHOT_IMAGE_CLASSIFICATION",
+        "ZERO_SHOT_OBJECT_DETECTION", "MASKED_IMAGE_MODELING",
+    ),
+    "audio": ("CTC", "RNNT", "TDT", "AUDIO_CLASSIFICATION", "TEXT_TO_SPECTROGRAM", "TEXT_TO_WAVEFORM"),
+    "other": ("SEQUENCE_CLASSIFICATION", "TIME_SERIES_PREDICTION", "PRETRAINING", "MASK_GENERATION"),
+    "base": ("",),
+}  # fmt: skip
+
+WIDTH, HEADS, KEY_HEADS, WIDE_HEAD = 48, 6, 2, 10
+VOCABULARY = 199
+# Patterns on the names of a config's whole numbers, first match wins.
+SIZES: tuple[tuple[str, int], ...] = (
+    (r".*vocab_size.*|n_vocab|num_embeddings|n_tokens", VOCABULARY),
+    (r"num_hidden_groups|.*depth_multiplier|num_nextn.*|.*conv_.*layers|.*layer_offset|.*feat_extract.*layers", 0),
+    (r"(num_)?(\w+_)?(hidden_|attention_)?(layers|depth|blocks)|n_layers?|\w*num_layers|layers", 2),
+    (r"num_key_value_heads|\w*num_kv_heads|n_head_kv|\w*num_key_value_heads", KEY_HEADS),
+    (r"num_attention_heads|\w*attention_heads|n_heads?|num_heads|\w*num_heads|\w*n_heads", HEADS),
+    (r"head_dim|d_head|\w*_head_dim|d_kv|kv_channels|attention_head_dim", WIDE_HEAD),
+    (r"\w*moe_intermediate_size|\w*shared_expert_intermediate_size|expert_ffn_hidden_size", 40),
+    (r"\w*intermediate_size|\w*ffn_dim|d_ff|n_inner|\w*ffn_hidden_size|mlp_dim|\w*feed_?forward\w*|d_inner", 80),
+    (r"hidden_size_per_layer_input", 12),
+    (r"\w*hidden_size|\w*d_model|n_embd|dim|\w*embed_dim|\w*embedding_size|\w*hidden_dim|projection_dim|emb_dim", WIDTH),
+    (r"n_routed_experts|num_(local_)?experts|moe_num_experts|n_experts|num_moe_experts", 4),
+    (r"num_experts_per_tok|moe_topk|moe_k|top_k_experts|num_selected_experts|moe_top_k", 2),
+    (r"n_group", 2),
+    (r"topk_group", 1),
+    (r"q_lora_rank", 18),
+    (r"kv_lora_rank", 16),
+    (r"max_position_embeddings|n_positions|max_\w*position\w*|n_ctx|max_sequence_length|max_seq_len|block_size", 64),
+    (r"image_size", 32),
+)
+TIMEOUT = 60
+ELEMENTS = 30_000_000
+
+transformers.logging.set_verbosity_error()
+
+
+def architectures() -> dict[str, tuple[str, str]]:
+    """For each model type with a model class: its kind, and the name of the class to probe."""
+    found: dict[str, tuple[str, str]] = {}
+    for kind, mappings in KINDS.items():
+        for mapping in mappings:
+            names = getattr(auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES" if mapping else "MODEL_MAPPING_NAMES")
+            for model_type, classes in names.items():
+                found.setdefault(model_type, (kind, classes if isinstance(classes, str) else classes[0]))
+    return found
+
+
+class Tiny:
+    """Shrinks a config class by the names of its fields.
+
+    `apart` sets head_dim apart from hidden_size / heads where a config has it; `grouped` gives several
+    query heads one key head.
+    """
+
+    def __init__(self, apart: bool, grouped: bool) -> None:
+        self.apart, self.grouped = apart, grouped
+
+    def size(self, name: str, default: int, config: Any) -> int:
+        for pattern, value in SIZES:
+            if re.fullmatch(pattern, name):
+                break
+        else:
+            return default
+        if value == WIDE_HEAD and not self.apart:
+            return WIDTH // HEADS
+        if value == KEY_HEADS and not self.grouped:
+            return HEADS
+        return value if default > value or value in (HEADS, WIDE_HEAD) else default
+
+    def config(self, cls: type[PreTrainedConfig], model_type: str, **given: Any) -> PreTrainedConfig:
+        overrides = {**OVERRIDES.get(model_type, {}), **given}
+        return cls(**{**self.fields(cls), **overrides})
+
+    def fields(self, cls: type[PreTrainedConfig]) -> dict[str, Any]:
+        default = cls()
+        kwargs: dict[str, Any] = {}
+        names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        names += [n for n in inspect.signature(cls.__init__).parameters if n not in names]
+        common = {f.name for f in dataclasses.fields(PreTrainedConfig)}
+        for name in names:
+            value = getattr(default, name, None)
+            if name in ("self", "kwargs", "args") or name in common - {"id2label"} or name.startswith("_"):
+                if isinstance(value, int) and not isinstance(value, bool) and name.endswith("token_id"):
+                    kwargs[name] = value
+                else:
+                    continue
+            if isinstance(value, PreTrainedConfig):
+                kwargs[name] = self.config(type(value), value.model_type)
+            elif isinstance(value, bool):
+                continue
+            elif isinstance(value, int):
+                kwargs[name] = self.size(name, value, default)
+            elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
+                sizes = [self.size(name, v, default) for v in value]
+                if sizes != list(value) and name not in ("layer_types",):
+                    kwargs[name] = type(value)(sizes)
+        if self.grouped and "num_key_value_heads" in names and getattr(default, "num_key_value_heads", None) is None:
+            kwargs["num_key_value_heads"] = KEY_HEADS
+        if self.apart and "head_dim" in names and getattr(default, "head_dim", None) is None:
+            kwargs["head_dim"] = WIDE_HEAD
+        self._layers(default, kwargs, names)
+        self._tokens(kwargs)
+        self._rope(default, kwargs)
+        if "dropout" in names:
+            kwargs["dropout"] = 0.0
+        return kwargs
+
+    @staticmethod
+    def _layers(default: Any, kwargs: dict[str, Any], names: list[str]) -> None:
+        """Lists with an entry a layer are cut to one layer of each kind."""
+        count = next((n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in kwargs), None)
+        if count is None:
+            return
+        layers = getattr(default, count)
+        lists = {
+            n: list(v)
+            for n in {*names, "layer_types", "layers_block_type"}
+            if isinstance(v := getattr(default, n, None), (list, tuple)) and len(v) == layers and layers > 4
+        }
+        kinds = list(zip(*lists.values())) if lists else []
+        picked: list[int] = []
+        for i, kind in enumerate(kinds):
+            if str(kind) not in {str(kinds[j]) for j in picked}:
+                picked.append(i)
+        if lists:
+            while len(picked) < 2:
+                picked.append(len(picked))
+            for n, v in lists.items():
+                kwargs[n] = [v[i] for i in picked]
+            kwargs[count] = len(picked)
+
+    @staticmethod
+    def _tokens(kwargs: dict[str, Any]) -> None:
+        """Special tokens lie within the vocabulary, each with a number of its own."""
+        free = VOCABULARY
+        for name, value in kwargs.items():
+            if re.fullmatch(r"\w*(token|token_id|token_index|_id)", name) and isinstance(value, int) and value >= 100:
+                free -= 1
+                kwargs[name] = free
+
+    def _rope(self, default: Any, kwargs: dict[str, Any]) -> None:
+        """The sections of a multi-axis rotary embedding add up to half a (tiny) head."""
+        rope = getattr(default, "rope_parameters", None)
+        if not isinstance(rope, dict):
+            return
+        section = rope.get("mrope_section")
+        if section:
+            head = kwargs.get("head_dim") or WIDTH // HEADS
+            half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
+            small = [max(1, half * s // sum(section)) for s in section]
+            small[0] += half - sum(small)
+            kwargs["rope_parameters"] = {**rope, "mrope_section": small}
+
+
+def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Generic inputs, the likeliest first."""
+    parameters = inspect.signature(model.forward).parameters
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def ids(tokens: int = 12) -> Tensor:
+        return torch.randint(5, 90, (1, tokens), generator=generator)
+
+    more: dict[str, Any] = {}
+    if "decoder_input_ids" in parameters:
+        more["decoder_input_ids"] = ids(8)
+    if "bbox" in parameters:
+        more["bbox"] = torch.zeros(1, 12, 4, dtype=torch.long)
+    main = getattr(model, "main_input_name", "input_ids")
+    order = dict.fromkeys([main, "input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds",
+                           "hidden_states"])  # fmt: skip
+    width = next((v for n in ("hidden_size", "d_model", "embed_dim") if isinstance(v := getattr(config, n, 0), int) and v), WIDTH)
+    for name in order:
+        if name not in parameters:
+            continue
+        if "ids" in name:
+            yield {name: ids(), **more}
+            yield {name: ids(64), **more}
+        elif "pixel" in name:
+            size = _find(config, "image_size") or 32
+            height, wide = size if isinstance(size, (list, tuple)) else (size, size)
+            channels = _find(config, "num_channels") or 3
+            frames = _find(config, "num_frames")
+            with_text = {**more, **({"input_ids": ids()} if "input_ids" in parameters else {})}
+            patch = _find(config, "patch_size") or 4
+            patch = patch if isinstance(patch, int) else patch[0]
+            for extra in ({}, with_text) if with_text != {} else ({},):
+                yield {name: noise(1, channels, height, wide), **extra}
+                if "pixel_mask" in parameters:
+                    yield {name: noise(1, channels, height, wide), "pixel_mask": torch.ones(1, height, wide), **extra}
+                if frames:
+                    yield {name: noise(1, frames, channels, height, wide), **extra}
+        elif name in ("inputs_embeds", "hidden_states"):
+            yield {name: noise(1, 12, width), **more}
+        else:
+            mels = _find(config, "num_mel_bins") or _find(config, "feature_size") or _find(config, "input_size") or 80
+            positions = _find(config, "max_source_positions") or 64
+            for shape in ((1, mels, 2 * positions), (1, 64, mels), (1, 64, 2 * mels), (1, 2000), (1, 1, 2000), (1, 400, mels)):
+                yield {name: noise(*shape), **more}
+            yield {name: ids(), **more}
+    visual = {"hidden_states", "grid_thw"}
+    if visual <= set(parameters):
+        patch = getattr(config, "patch_size", 4)
+        width = getattr(config, "in_channels", 3) * getattr(config, "temporal_patch_size", 1) * patch * patch
+        yield {"hidden_states": noise(64, width), "grid_thw": torch.tensor([[1, 8, 8]])}
+
+
+def _find(config: Any, name: str) -> Any:
+    """A field of a config, or of the first config inside it that has it."""
+    value = getattr(config, name, None)
+    if value is not None:
+        return value
+    for sub in getattr(config, "sub_configs", {}):
+        inner = getattr(config, sub, None)
+        if isinstance(inner, PreTrainedConfig) and (value := _find(inner, name)) is not None:
+            return value
+    return None
+
+
+def build(model_type: str) -> PreTrainedModel:
+    """A tiny model of the type: with head_dim apart and grouped heads if it can be, else without."""
+    _, name = architectures()[model_type]
+    config_cls = CONFIG_MAPPING[model_type]
+    cls = getattr(transformers, name)
+    errors = []
+    for apart, grouped in ((True, True), (False, True), (True, False), (False, False)):
+        try:
+            config = Tiny(apart, grouped).config(config_cls, model_type)
+            config._attn_implementation = "eager"
+            config._experts_implementation = "eager"
+            with torch.device("meta"):
+                size = sum(p.numel() for p in cls(config).parameters())
+            if size > ELEMENTS:
+                raise ValueError(f"{size:,} elements")
+            torch.manual_seed(0)
+            model = cls(config).float().eval()
+            for p in model.parameters():
+                p.requires_grad_(True)
+                if not p.isfinite().all() or not p.any():
+                    nn.init.normal_(p, std=0.02)
+            run_candidates(model)
+            return model
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    raise RuntimeError(errors[0] if len(set(errors)) == 1 else " || ".join(dict.fromkeys(errors)))
+
+
+def run_candidates(model: PreTrainedModel) -> dict[str, Any]:
+    errors = []
+    for batch in candidates(model):
+        try:
+            with torch.no_grad():
+                model(**batch)
+            return batch
+        except Exception as error:
+            errors.append(f"{ {n: tuple(t.shape) for n, t in batch.items()} } {type(error).__name__}: {str(error)[:200]}")
+    raise RuntimeError("forward: " + " | ".join(errors))
+
+
+def judge(model: nn.Module, seen: Any) -> tuple[list[str], int]:
+    """What is wrong with the partition of a model by what was seen of it, and how many tensors make heads."""
+    blocks = partition(model)
+    parameters = dict(model.named_parameters())
+    wrong = [f"{name} is in no block" for name in parameters if name not in blocks]
+    for name, axis in seen.contracted.items():
+        if name not in blocks:
+            continue
+        shape = parameters[name].shape
+        index = blocks.block_index(name).expand(shape).movedim(axis, 0)
+        if not (index == index[0]).all():
+            wrong.append(f"{name} {tuple(shape)}: blocks along axis {axis}, which is summed over")
+            continue
+        rows = index[0].flatten()
+        expected = torch.arange(len(rows))
+        sets = seen.heads.get(name, [])
+        if len(sets) == 1 and len(sets[0]) < len(rows):
+            sets = []  # the part of latent attention's down-projection that all heads share
+        for head in sets:
+            expected[list(head)] = min(head)
+        pairs = torch.stack([rows, expected]).unique(dim=1)
+        if not (len(pairs[0].unique()) == pairs.shape[1] == len(pairs[1].unique())):
+            sizes = sorted({len(s) for s in sets})
+            wrong.append(
+                f"{name} {tuple(shape)}: {blocks[name].role} {blocks[name].layout}, but {len(sets)} heads of {sizes} rows"
+            )
+    unseen = [
+        entry.name for entry in blocks.values()
+        if entry.role in ("query", "key", "fused") and entry.name not in seen.heads
+        and not any(entry.name in o for o in seen.heads)
+    ]  # fmt: skip
+    wrong += [f"unseen {name}" for name in unseen]
+    return wrong, len(seen.heads)
+
+
+def probe(model_type: str) -> dict[str, Any]:
+    """What is to be said about one model type."""
+    kind, name = architectures()[model_type]
+    row: dict[str, Any] = {"type": model_type, "kind": kind, "class": name}
+    start = time.process_time()
+    try:
+        model = build(model_type)
+        seen = look(model)
+    except Exception as error:
+        return {**row, "status": "blind", "why": f"{type(error).__name__}: {error}", "seconds": time.process_time() - start}
+    try:
+        wrong, tensors = judge(model, seen)
+        row |= {"status": "wrong" if wrong else "right", "why": wrong, "tensors": tensors, "attentions": seen.attentions}
+    except PartitionError as error:
+        row |= {"status": "error", "why": str(error)}
+    return {**row, "seconds": round(time.process_time() - start, 2)}
+
+
+def look(model: PreTrainedModel) -> Any:
+    """What is seen of a model, and of the models inside it that its own forward didn't reach."""
+    batch = run_candidates(model)
+    seen = observe(model, lambda: model(**batch))
+    for prefix, inner in model.named_modules():
+        if inner is model or not isinstance(inner, PreTrainedModel):
+            continue
+        names = {f"{prefix}.{n}" for n, p in inner.named_parameters() if p.ndim > 1}
+        if names & set(seen.contracted):
+            continue
+        try:
+            batch = run_candidates(inner)
+            more = observe(inner, lambda: inner(**batch))
+        except Exception:
+            continue
+        seen.contracted |= {f"{prefix}.{n}": a for n, a in more.contracted.items()}
+        seen.heads |= {f"{prefix}.{n}": h for n, h in more.heads.items()}
+        seen.attentions += more.attentions
+    return seen
+
+
+def _alarm(*_: Any) -> None:
+    raise TimeoutError(f"more than {TIMEOUT} s")
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, _alarm)
+    for model_type in sys.argv[1:] or architectures():
+        signal.alarm(TIMEOUT)
+        try:
+            row = probe(model_type)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            row = {"type": model_type, "status": "crash", "why": f"{type(error).__name__}: {error}"}
+        signal.alarm(0)
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
