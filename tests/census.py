@@ -56,11 +56,16 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(num_)?(\w+_)?(hidden_|attention_)?(layers|depth|blocks)|n_layers?|\w*num_layers|layers", 2),
     (r"num_key_value_heads|\w*num_kv_heads|n_head_kv|\w*num_key_value_heads", KEY_HEADS),
     (r"num_attention_heads|\w*attention_heads|n_heads?|num_heads|\w*num_heads|\w*n_heads", HEADS),
+    (r"qk_rope_head_dim", 4),
+    (r"qk_nope_head_dim", 14),
+    (r"qk_head_dim", 18),
+    (r"v_head_dim", 12),
     (r"head_dim|d_head|\w*_head_dim|d_kv|kv_channels|attention_head_dim", WIDE_HEAD),
     (r"\w*moe_intermediate_size|\w*shared_expert_intermediate_size|expert_ffn_hidden_size", 40),
     (r"\w*intermediate_size|\w*ffn_dim|d_ff|n_inner|\w*ffn_hidden_size|mlp_dim|\w*feed_?forward\w*|d_inner", 80),
     (r"hidden_size_per_layer_input", 12),
-    (r"\w*hidden_size|\w*d_model|n_embd|dim|\w*embed_dim|\w*embedding_size|\w*hidden_dim|projection_dim|emb_dim", WIDTH),
+    (r"rotary_dim", 4),
+    (r"\w*hidden_size|\w*d_model|embedding_dim|n_embd|dim|\w*embed_dim|\w*embedding_size|\w*hidden_dim|projection_dim|emb_dim", WIDTH),
     (r"n_routed_experts|num_(local_)?experts|moe_num_experts|n_experts|num_moe_experts", 4),
     (r"num_experts_per_tok|moe_topk|moe_k|top_k_experts|num_selected_experts|moe_top_k", 2),
     (r"n_group", 2),
@@ -70,6 +75,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"max_position_embeddings|n_positions|max_\w*position\w*|n_ctx|max_sequence_length|max_seq_len|block_size", 64),
     (r"image_size", 32),
 )
+COMMON = {f.name for f in dataclasses.fields(PreTrainedConfig)} - {"id2label"}
+NOT_FIELDS = ("self", "args", "kwargs")
 TIMEOUT = 60
 ELEMENTS = 30_000_000
 
@@ -97,7 +104,7 @@ class Tiny:
     def __init__(self, apart: bool, grouped: bool) -> None:
         self.apart, self.grouped = apart, grouped
 
-    def size(self, name: str, default: int, config: Any) -> int:
+    def size(self, name: str, default: int) -> int:
         for pattern, value in SIZES:
             if re.fullmatch(pattern, name):
                 break
@@ -115,49 +122,47 @@ class Tiny:
 
     def fields(self, cls: type[PreTrainedConfig]) -> dict[str, Any]:
         default = cls()
+        declared = {f.name: f.default for f in dataclasses.fields(cls)}
+        names = [n for n in declared if n not in COMMON and not n.startswith("_")]
+        names += [n for n in inspect.signature(cls.__init__).parameters if n not in (*names, *COMMON, *NOT_FIELDS)]
         kwargs: dict[str, Any] = {}
-        names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
-        names += [n for n in inspect.signature(cls.__init__).parameters if n not in names]
-        common = {f.name for f in dataclasses.fields(PreTrainedConfig)}
         for name in names:
-            value = getattr(default, name, None)
-            if name in ("self", "kwargs", "args") or name in common - {"id2label"} or name.startswith("_"):
-                if isinstance(value, int) and not isinstance(value, bool) and name.endswith("token_id"):
-                    kwargs[name] = value
-                else:
-                    continue
+            value = get(default, name, declared.get(name))
             if isinstance(value, PreTrainedConfig):
                 kwargs[name] = self.config(type(value), value.model_type)
-            elif isinstance(value, bool):
-                continue
-            elif isinstance(value, int):
-                kwargs[name] = self.size(name, value, default)
+            elif type(value) is int and declared.get(name, 0) is not None:
+                kwargs[name] = self.size(name, value)
             elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
-                sizes = [self.size(name, v, default) for v in value]
-                if sizes != list(value) and name not in ("layer_types",):
-                    kwargs[name] = type(value)(sizes)
-        if self.grouped and "num_key_value_heads" in names and getattr(default, "num_key_value_heads", None) is None:
+                kwargs[name] = type(value)(self.size(name, v) for v in value)
+            elif value is None and re.fullmatch(r"n_routed_experts|num_experts", name):
+                kwargs[name] = 4
+            elif value is None and name == "num_experts_per_tok":
+                kwargs[name] = 2
+            if name in kwargs and kwargs[name] == value and type(value) in (int, list, tuple):
+                del kwargs[name]
+        if self.grouped and "num_key_value_heads" in names and declared.get("num_key_value_heads", 0) is None:
             kwargs["num_key_value_heads"] = KEY_HEADS
-        if self.apart and "head_dim" in names and getattr(default, "head_dim", None) is None:
+        if self.apart and "head_dim" in names and declared.get("head_dim", 0) is None:
             kwargs["head_dim"] = WIDE_HEAD
-        self._layers(default, kwargs, names)
-        self._tokens(kwargs)
+        if "qk_rope_head_dim" in names:  # latent attention: no groups, and head_dim is the rotary part
+            kwargs |= {"num_key_value_heads": HEADS} | ({"head_dim": 4} if "head_dim" in kwargs else {})
+        self._layers(cls, default, kwargs, names)
+        self._tokens(default, kwargs, names)
         self._rope(default, kwargs)
-        if "dropout" in names:
-            kwargs["dropout"] = 0.0
         return kwargs
 
     @staticmethod
-    def _layers(default: Any, kwargs: dict[str, Any], names: list[str]) -> None:
+    def _layers(cls: type, default: Any, kwargs: dict[str, Any], names: list[str]) -> None:
         """Lists with an entry a layer are cut to one layer of each kind."""
         count = next((n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in kwargs), None)
         if count is None:
             return
-        layers = getattr(default, count)
+        layers = get(default, count)
         lists = {
             n: list(v)
-            for n in {*names, "layer_types", "layers_block_type"}
-            if isinstance(v := getattr(default, n, None), (list, tuple)) and len(v) == layers and layers > 4
+            for n in dict.fromkeys((*names, "layer_types"))
+            if isinstance(v := get(default, n), (list, tuple)) and len(v) == layers and layers > 4
+            and not isinstance(getattr(cls, n, None), property)
         }
         kinds = list(zip(*lists.values())) if lists else []
         picked: list[int] = []
@@ -172,17 +177,18 @@ class Tiny:
             kwargs[count] = len(picked)
 
     @staticmethod
-    def _tokens(kwargs: dict[str, Any]) -> None:
+    def _tokens(default: Any, kwargs: dict[str, Any], names: list[str]) -> None:
         """Special tokens lie within the vocabulary, each with a number of its own."""
         free = VOCABULARY
-        for name, value in kwargs.items():
-            if re.fullmatch(r"\w*(token|token_id|token_index|_id)", name) and isinstance(value, int) and value >= 100:
+        for name in names:
+            value = get(default, name)
+            if re.fullmatch(r"\w*(token|token_id|token_index)", name) and type(value) is int and value >= 100:
                 free -= 1
                 kwargs[name] = free
 
     def _rope(self, default: Any, kwargs: dict[str, Any]) -> None:
         """The sections of a multi-axis rotary embedding add up to half a (tiny) head."""
-        rope = getattr(default, "rope_parameters", None)
+        rope = get(default, "rope_parameters")
         if not isinstance(rope, dict):
             return
         section = rope.get("mrope_section")
@@ -214,11 +220,13 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     main = getattr(model, "main_input_name", "input_ids")
     order = dict.fromkeys([main, "input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds",
                            "hidden_states"])  # fmt: skip
-    width = next((v for n in ("hidden_size", "d_model", "embed_dim") if isinstance(v := getattr(config, n, 0), int) and v), WIDTH)
+    width = next((v for n in ("hidden_size", "d_model", "embed_dim") if isinstance(v := get(config, n, 0), int) and v), WIDTH)
     for name in order:
         if name not in parameters:
             continue
         if "ids" in name:
+            if "encoder_hidden_states" in parameters and not more:
+                yield {name: ids(), "encoder_hidden_states": noise(1, 9, get(config, "cross_attention_hidden_size") or width)}
             yield {name: ids(), **more}
             yield {name: ids(64), **more}
         elif "pixel" in name:
@@ -250,13 +258,21 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         yield {"hidden_states": noise(64, width), "grid_thw": torch.tensor([[1, 8, 8]])}
 
 
+def get(config: Any, name: str, default: Any = None) -> Any:
+    """A field of a config, the default where it has none or one for each layer."""
+    try:
+        return getattr(config, name, default)
+    except Exception:
+        return default
+
+
 def _find(config: Any, name: str) -> Any:
     """A field of a config, or of the first config inside it that has it."""
-    value = getattr(config, name, None)
+    value = get(config, name)
     if value is not None:
         return value
-    for sub in getattr(config, "sub_configs", {}):
-        inner = getattr(config, sub, None)
+    for sub in get(config, "sub_configs", {}):
+        inner = get(config, sub)
         if isinstance(inner, PreTrainedConfig) and (value := _find(inner, name)) is not None:
             return value
     return None
@@ -265,12 +281,12 @@ def _find(config: Any, name: str) -> Any:
 def build(model_type: str) -> PreTrainedModel:
     """A tiny model of the type: with head_dim apart and grouped heads if it can be, else without."""
     _, name = architectures()[model_type]
-    config_cls = CONFIG_MAPPING[model_type]
     cls = getattr(transformers, name)
+    config_cls = cls.config_class or CONFIG_MAPPING[model_type]
     errors = []
     for apart, grouped in ((True, True), (False, True), (True, False), (False, False)):
         try:
-            config = Tiny(apart, grouped).config(config_cls, model_type)
+            config = Tiny(apart, grouped).config(config_cls, config_cls.model_type or model_type)
             config._attn_implementation = "eager"
             config._experts_implementation = "eager"
             with torch.device("meta"):

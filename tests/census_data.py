@@ -4,4 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+# Fields that don't shrink by their names alone, by model type.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "codegen": {"n_head": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 16},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 96, "mamba_d_state": 16},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 48, "attention_window_size": 8},
+    "hrm_text": {"num_layers_per_stack": 1},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+    "xmod": {"default_language": "en_XX"},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [24, 24]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "qwen4_exp_text": {"num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"]},
+}
