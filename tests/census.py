@@ -152,7 +152,7 @@ class Tiny:
         return kwargs
 
     @staticmethod
-    def _layers(cls: type, default: Any, kwargs: dict[str, Any], names: list[str]) -> None:
+    def _layers(cls: type[PreTrainedConfig], default: Any, kwargs: dict[str, Any], names: list[str]) -> None:
         """Lists with an entry a layer are cut to one layer of each kind."""
         count = next((n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in kwargs), None)
         if count is None:
@@ -162,7 +162,7 @@ class Tiny:
             n: list(v)
             for n in dict.fromkeys((*names, "layer_types"))
             if isinstance(v := get(default, n), (list, tuple)) and len(v) == layers and layers > 4
-            and not isinstance(getattr(cls, n, None), property)
+            and not isinstance(getattr(cls, cls.attribute_map.get(n, n), None), property)
         }
         kinds = list(zip(*lists.values())) if lists else []
         picked: list[int] = []
