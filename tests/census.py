@@ -9,7 +9,9 @@ builds a tiny instance of each model type, runs it, and compares :func:`partitio
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from census_data import OVERRIDES
+from census_data import ALONE, LINEAR_ATTENTION, OVERRIDES, UNOBSERVED
 from oracle import observe
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -33,8 +35,8 @@ from adam_mini_plugins import PartitionError, partition
 
 # What an architecture is mostly trained as comes first.
 KINDS = {
-    "causal-lm": ("CAUSAL_LM",),
     "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
+    "causal-lm": ("CAUSAL_LM",),
     "multimodal": ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "VISUAL_QUESTION_ANSWERING"),
     "masked-lm": ("MASKED_LM",),
     "image": (
@@ -192,6 +194,8 @@ class Tiny:
         if not isinstance(rope, dict):
             return
         section = rope.get("mrope_section")
+        if section is None and "mrope_section" in _source(type(default)):
+            section = [1, 1, 1]
         if section:
             head = kwargs.get("head_dim") or WIDTH // HEADS
             half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
@@ -256,6 +260,13 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         patch = getattr(config, "patch_size", 4)
         width = getattr(config, "in_channels", 3) * getattr(config, "temporal_patch_size", 1) * patch * patch
         yield {"hidden_states": noise(64, width), "grid_thw": torch.tensor([[1, 8, 8]])}
+
+
+@functools.cache
+def _source(cls: type) -> str:
+    """The source of the models that a config class is for."""
+    name = cls.__module__.replace("configuration_", "modeling_")
+    return inspect.getsource(importlib.import_module(name)) if importlib.util.find_spec(name) else ""
 
 
 def get(config: Any, name: str, default: Any = None) -> Any:
@@ -323,13 +334,17 @@ def judge(model: nn.Module, seen: Any) -> tuple[list[str], int]:
     blocks = partition(model)
     parameters = dict(model.named_parameters())
     wrong = [f"{name} is in no block" for name in parameters if name not in blocks]
-    for name, axis in seen.contracted.items():
-        if name not in blocks:
+    if blocks.scheme == "tensor":
+        return [*wrong, *(["it attends"] if seen.attentions else [])], 0
+    for name, axes in seen.contracted.items():
+        if re.search(UNOBSERVED, name):
+            continue
+        if name not in blocks or (blocks[name].role == "conv" and name not in seen.heads):
             continue
         shape = parameters[name].shape
-        index = blocks.block_index(name).expand(shape).movedim(axis, 0)
+        index = blocks.block_index(name).expand(shape).movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
         if not (index == index[0]).all():
-            wrong.append(f"{name} {tuple(shape)}: blocks along axis {axis}, which is summed over")
+            wrong.append(f"{name} {tuple(shape)}: blocks along {axes}, which are summed over")
             continue
         rows = index[0].flatten()
         expected = torch.arange(len(rows))
@@ -347,7 +362,7 @@ def judge(model: nn.Module, seen: Any) -> tuple[list[str], int]:
     unseen = [
         entry.name for entry in blocks.values()
         if entry.role in ("query", "key", "fused") and entry.name not in seen.heads
-        and not any(entry.name in o for o in seen.heads)
+        and not re.search(UNOBSERVED, entry.name)
     ]  # fmt: skip
     wrong += [f"unseen {name}" for name in unseen]
     return wrong, len(seen.heads)
@@ -360,7 +375,7 @@ def probe(model_type: str) -> dict[str, Any]:
     start = time.process_time()
     try:
         model = build(model_type)
-        seen = look(model)
+        seen = look(model, linear=model_type in LINEAR_ATTENTION, alone=model_type in ALONE)
     except Exception as error:
         return {**row, "status": "blind", "why": f"{type(error).__name__}: {error}", "seconds": time.process_time() - start}
     try:
@@ -371,10 +386,10 @@ def probe(model_type: str) -> dict[str, Any]:
     return {**row, "seconds": round(time.process_time() - start, 2)}
 
 
-def look(model: PreTrainedModel) -> Any:
+def look(model: PreTrainedModel, **how: bool) -> Any:
     """What is seen of a model, and of the models inside it that its own forward didn't reach."""
     batch = run_candidates(model)
-    seen = observe(model, lambda: model(**batch))
+    seen = observe(model, lambda: model(**batch), **how)
     for prefix, inner in model.named_modules():
         if inner is model or not isinstance(inner, PreTrainedModel):
             continue
@@ -383,7 +398,7 @@ def look(model: PreTrainedModel) -> Any:
             continue
         try:
             batch = run_candidates(inner)
-            more = observe(inner, lambda: inner(**batch))
+            more = observe(inner, lambda: inner(**batch), **how)
         except Exception:
             continue
         seen.contracted |= {f"{prefix}.{n}": a for n, a in more.contracted.items()}

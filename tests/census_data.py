@@ -23,5 +23,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [24, 24]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 4, "chunk_size": 8},
     "qwen4_exp_text": {"num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"]},
 }
+
+# Attention without a softmax in the middle, by model type.
+LINEAR_ATTENTION = {"minimax", "xlstm"}
+# Queries that positions get from different experts.
+ALONE = {"jetmoe"}
+
+# Queries and keys through which nothing is differentiated: an indexer's scores pick positions by top-k.
+UNOBSERVED = r"\bindexer\b"

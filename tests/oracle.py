@@ -40,33 +40,43 @@ Rows = frozenset[int]
 
 @dataclass(frozen=True)
 class Factor:
-    """A query or key as attention has it, and the axes along which heads (and batches) are numbered."""
+    """A query or key as attention has it.
+
+    `leading` are the axes along which heads (and batches) are numbered, `channel` the axis of a head's
+    own rows; the rest are positions.
+    """
 
     tensor: Tensor
     leading: tuple[int, ...]
+    channel: int = -1
 
 
 @dataclass
 class Observed:
     """What a forward pass showed of a model's matrices, by parameter name.
 
-    `contracted` has the axis that is summed over where the matrix is multiplied. `heads` has, for a
+    `contracted` has the axes that are summed over where the matrix is multiplied. `heads` has, for a
     matrix that makes queries or keys, one set for each head: positions on the flattened grid of its
     other axes. `attentions` counts how often the model attended.
     """
 
-    contracted: dict[str, int] = field(default_factory=dict)
+    contracted: dict[str, tuple[int, ...]] = field(default_factory=dict)
     heads: dict[str, list[Rows]] = field(default_factory=dict)
     attentions: int = 0
 
 
-def observe(model: nn.Module, run: Callable[[], object]) -> Observed:
+def observe(model: nn.Module, run: Callable[[], object], linear: bool = False, alone: bool = False) -> Observed:
     """Watches one forward pass, `run()`, and differentiates its queries and keys.
+
+    With `linear`, a product of two activations that is multiplied into a third without a softmax counts
+    as attention too. With `alone`, each position is looked at alone, for models that send positions
+    through different matrices. Of the sets of rows that a matrix is found to have, those that are made
+    of smaller ones are left out: some keys have a share of the queries in them.
 
     Only the nearest projections count: what goes into a matrix is cut off from what it was made of.
     The statistics of norms are held constant: they scale a head, but don't say what it is made of.
     """
-    watch = _Watch(model)
+    watch = _Watch(model, linear)
     with torch.enable_grad(), _linear_attention_seen_by(watch, model), watch:
         run()
     observed = Observed(watch.contracted, attentions=len(watch.attended))
@@ -78,22 +88,29 @@ def observe(model: nn.Module, run: Callable[[], object]) -> Observed:
             if id(factor.tensor) in seen or not factor.tensor.requires_grad:
                 continue
             seen.add(id(factor.tensor))
-            for name, sets in _heads(factor, parameters, watch.contracted, generator).items():
+            for name, sets in _heads(factor, parameters, watch.contracted, generator, alone).items():
                 known = observed.heads.setdefault(name, [])
                 known += [rows for rows in sets if rows not in known]
+    for name, sets in observed.heads.items():
+        observed.heads[name] = [rows for rows in sets if not any(other < rows for other in sets)]
     return observed
 
 
 def _heads(
-    factor: Factor, parameters: dict[str, nn.Parameter], contracted: dict[str, int], generator: torch.Generator
+    factor: Factor,
+    parameters: dict[str, nn.Parameter],
+    contracted: dict[str, tuple[int, ...]],
+    generator: torch.Generator,
+    alone: bool,
 ) -> dict[str, list[Rows]]:
     """For each parameter that makes this query or key, the rows of each head."""
-    leading = [axis for axis in factor.leading if factor.tensor.shape[axis] > 1]
     tensor = factor.tensor
+    positions = set(range(tensor.ndim)) - {factor.channel % tensor.ndim}
+    leading = [axis for axis in (sorted(positions) if alone else factor.leading) if tensor.shape[axis] > 1]
     count = 1
     for axis in leading:
         count *= tensor.shape[axis]
-    looks = [leading] if count <= MANY else [[axis] for axis in leading]
+    looks = [leading] if alone or count <= MANY else [[axis] for axis in leading]
     found: dict[str, list[Rows]] = {}
     for axes in looks:
         for head in _unbind(tensor, axes):
@@ -107,8 +124,6 @@ def _heads(
                 rows = (gradient != 0).any(contracted[name]).flatten().nonzero().flatten().tolist()
                 if rows and frozenset(rows) not in found.setdefault(name, []):
                     found[name].append(frozenset(rows))
-    if len(looks) > 1:  # along an axis that is not that of heads, all heads' rows come together
-        found = {n: [s for s in sets if not any(other < s for other in sets)] for n, sets in found.items()}
     return found
 
 
@@ -120,17 +135,20 @@ def _unbind(tensor: Tensor, axes: list[int]) -> list[Tensor]:
 
 
 PRODUCTS = {"matmul", "__matmul__", "bmm", "mm"}
+CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 SUMS_OF_PRODUCTS = {"baddbmm", "addmm", "addbmm"}
 
 
 class _Watch(TorchFunctionMode):
     """Sees every operation of a forward pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, linear: bool) -> None:
         super().__init__()
+        self.linear = linear
+        self.inside = False  # a function whose query and key have been seen
         self.names: dict[nn.Parameter, str] = {p: name for name, p in model.named_parameters()}
         self.by_storage = {p.untyped_storage().data_ptr(): p for p in self.names if p.numel()}
-        self.contracted: dict[str, int] = {}
+        self.contracted: dict[str, tuple[int, ...]] = {}
         self.attended: list[tuple[Factor, Factor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -145,6 +163,8 @@ class _Watch(TorchFunctionMode):
         if name in PRODUCTS:
             a, b = _named(args, kwargs, ("input", "mat2" if name in ("bmm", "mm") else "other"))
             return self._product(func, a, b, name, {})
+        if name in CONVOLUTIONS:
+            return self._convolution(func, args, kwargs)
         if name in SUMS_OF_PRODUCTS:
             return self._sum_of_product(func, name, args, kwargs)
         if name == "einsum":
@@ -159,30 +179,38 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs).detach()
         if name in ("layer_norm", "rms_norm", "group_norm"):
             return self._norm(func, args, kwargs)
-        if name in ("softmax", "softmax_"):
-            for pair in _scores(args[0] if args else kwargs["input"]):
-                self.attended.append(pair)
+        if name in ("softmax", "logsumexp"):
+            if not self.inside:
+                self.attended.extend(_scores(args[0] if args else kwargs["input"]))
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         return _tagged(out, tuple(dict.fromkeys(p for a in (*args, *kwargs.values()) for p in _scores(a))))
 
     def attend(self, query: Tensor, key: Tensor) -> None:
         """A query and a key whose last two axes are positions and channels."""
-        self.attended.append(tuple(Factor(t, tuple(range(t.ndim - 2))) for t in (query, key)))  # type: ignore[arg-type]
+        self.attended.append((_factor(query), _factor(key)))
 
-    def _parameter(self, tensor: Any, summed: int) -> bool:
-        """Whether a factor is a parameter or a view of one; notes which axis of it is summed over."""
+    def _parameter(self, tensor: Any, *summed: int) -> bool:
+        """Whether a factor is a parameter or a view of one; notes which axes of it are summed over."""
         parameter = self.by_storage.get(tensor.untyped_storage().data_ptr()) if tensor.device.type != "meta" else None
         if parameter is None or parameter.ndim < 2:
             return False
-        stride = tensor.stride(summed)
-        axes = [a for a in range(parameter.ndim) if parameter.stride(a) == stride and parameter.shape[a] > 1]
-        if len(axes) == 1:
-            self.contracted[self.names[parameter]] = axes[0]
+        strides = [tensor.stride(axis) for axis in summed]
+        axes = tuple(a for a in range(parameter.ndim) if parameter.stride(a) in strides and parameter.shape[a] > 1)
+        if len(axes) == len(summed):
+            self.contracted[self.names[parameter]] = axes
         return True
 
     def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return func(input.detach() if self._parameter(weight, -1) else input, weight, bias)
+
+    def _convolution(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """One with a kernel of a single position is a matrix."""
+        x, weight = _named(args, kwargs, ("input", "weight"))
+        if set(weight.shape[2:]) == {1} and self._parameter(weight, 1):
+            rest = {**dict(zip(("bias", "stride", "padding", "dilation", "groups"), args[2:])), **kwargs}
+            return func(x.detach(), weight, **{k: v for k, v in rest.items() if k not in ("input", "weight")})
+        return func(*args, **kwargs)
 
     def _product(self, func: Any, a: Tensor, b: Tensor, name: str, kwargs: Any) -> Tensor:
         if b.ndim >= 2 and self._parameter(b, -2):
@@ -192,8 +220,9 @@ class _Watch(TorchFunctionMode):
         out = func(a, b, **kwargs)
         if a.ndim < 3 or b.ndim < 3:
             return out
-        self.attended.extend(_scores(a))  # scores times values, with no softmax between
-        return _tagged(out, ((Factor(a, tuple(range(a.ndim - 2))), Factor(b, tuple(range(b.ndim - 2)))),))
+        if self.linear and not self.inside:
+            self.attended.extend(_scores(a))  # scores times values, with no softmax between
+        return _tagged(out, ((_factor(a), _factor(b, channel=-2)),))
 
     def _sum_of_product(self, func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
         first, second = ("mat1", "mat2") if name == "addmm" else ("batch1", "batch2")
@@ -211,17 +240,27 @@ class _Watch(TorchFunctionMode):
         ours = [False] * len(operands)
         for i, (tensor, axes) in enumerate(zip(operands, where)):
             summed = [axis for label, axis in axes.items() if label not in out]
-            ours[i] = bool(summed) and self._parameter(tensor, summed[-1])
+            ours[i] = bool(summed) and self._parameter(tensor, *summed)
         if any(ours):
             operands = [t if mine else t.detach() for t, mine in zip(operands, ours)]
             return func(equation, *operands)
         result = func(equation, *operands)
         if len(operands) != 2 or min(t.ndim for t in operands) < 3:
             return result
-        self.attended.extend(_scores(operands[0]))
+        if self.linear and not self.inside:
+            self.attended.extend(_scores(operands[0]))
         shared = [label for label in where[0] if label in where[1] and label in out]
         dots = [tuple(range(t.ndim - len(a))) if "." in text else () for text, t, a in zip(labels, operands, where)]
-        factors = [Factor(t, (*d, *(a[label] for label in shared))) for t, a, d in zip(operands, where, dots)]
+        if not shared:  # heads that only one of the two has, as where the keys are a table of positions
+            shared = [label for a in where for label in a if label in out]
+        factors = [
+            Factor(
+                t,
+                (*d, *(a[label] for label in shared if label in a)),
+                next(axis for label, axis in a.items() if label not in out),
+            )
+            for t, a, d in zip(operands, where, dots)
+        ]
         return _tagged(result, (tuple(factors),))  # type: ignore[arg-type]
 
     def _norm(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -245,8 +284,13 @@ class _Watch(TorchFunctionMode):
             torch.matmul(x.detach(), w.t()).unflatten(-1, (heads, -1)).movedim(-2, 0)
             for x, w in ((query, q_weight), (key, k_weight))
         ]
-        self.attended.append(tuple(Factor(t, (0,)) for t in split))  # type: ignore[arg-type]
+        self.attended.append((_factor(split[0]), _factor(split[1])))
         return func(*(a.detach() if isinstance(a, Tensor) else a for a in args), **kwargs)
+
+
+def _factor(tensor: Tensor, channel: int = -1) -> Factor:
+    """A factor whose last two axes are those of positions and channels."""
+    return Factor(tensor, tuple(range(tensor.ndim - 2)), channel)
 
 
 def _named(args: Any, kwargs: Any, names: tuple[str, ...]) -> list[Any]:
@@ -289,8 +333,12 @@ def _linear_attention_seen_by(watch: _Watch, model: nn.Module) -> Iterator[None]
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
-            watch.attended.append(tuple(Factor(given[n], (2,)) for n in ("query", "key")))  # type: ignore[arg-type]
-            return function(*args, **kwargs)
+            watch.attended.append((Factor(given["query"], (2,)), Factor(given["key"], (2,))))
+            watch.inside = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                watch.inside = False
 
         return wrapper
 
