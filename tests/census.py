@@ -54,7 +54,10 @@ VOCABULARY = 199
 # Patterns on the names of a config's whole numbers, first match wins.
 SIZES: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*|n_vocab|num_embeddings|n_tokens", VOCABULARY),
-    (r"num_hidden_groups|.*depth_multiplier|num_nextn.*|.*conv_.*layers|.*layer_offset|.*feat_extract.*layers", 0),
+    (r"window_size|attention_window", 4),
+    (r"num_groups|upsample_groups", 4),
+    (r"out_hidden_size", WIDTH),
+    (r".*depth_multiplier|num_nextn.*|.*conv_.*layers|.*layer_offset|.*feat_extract.*layers", 0),
     (r"(num_)?(\w+_)?(hidden_|attention_)?(layers|depth|blocks)|n_layers?|\w*num_layers|layers", 2),
     (r"num_key_value_heads|\w*num_kv_heads|n_head_kv|\w*num_key_value_heads", KEY_HEADS),
     (r"num_attention_heads|\w*attention_heads|n_heads?|num_heads|\w*num_heads|\w*n_heads", HEADS),
@@ -80,7 +83,7 @@ SIZES: tuple[tuple[str, int], ...] = (
 COMMON = {f.name for f in dataclasses.fields(PreTrainedConfig)} - {"id2label"}
 NOT_FIELDS = ("self", "args", "kwargs")
 TIMEOUT = 60
-ELEMENTS = 30_000_000
+ELEMENTS = 150_000_000
 
 transformers.logging.set_verbosity_error()
 
@@ -120,7 +123,7 @@ class Tiny:
 
     def config(self, cls: type[PreTrainedConfig], model_type: str, **given: Any) -> PreTrainedConfig:
         overrides = {**OVERRIDES.get(model_type, {}), **given}
-        return cls(**{**self.fields(cls), **overrides})
+        return cls(**{name: value for name, value in {**self.fields(cls), **overrides}.items() if value is not ...})
 
     def fields(self, cls: type[PreTrainedConfig]) -> dict[str, Any]:
         default = cls()
@@ -135,12 +138,13 @@ class Tiny:
             elif type(value) is int and declared.get(name, 0) is not None:
                 kwargs[name] = self.size(name, value)
             elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
-                kwargs[name] = type(value)(self.size(name, v) for v in value)
+                depth = "depth" in name or "layers" in name  # a list has an entry a stage; its widths stay as they are
+                kwargs[name] = type(value)(1 if depth and "index" not in name else v for v in value)
             elif value is None and re.fullmatch(r"n_routed_experts|num_experts", name):
                 kwargs[name] = 4
             elif value is None and name == "num_experts_per_tok":
                 kwargs[name] = 2
-            if name in kwargs and kwargs[name] == value and type(value) in (int, list, tuple):
+            if name in kwargs and type(value) in (int, list, tuple) and kwargs[name] == value:
                 del kwargs[name]
         if self.grouped and "num_key_value_heads" in names and declared.get("num_key_value_heads", 0) is None:
             kwargs["num_key_value_heads"] = KEY_HEADS
@@ -194,8 +198,9 @@ class Tiny:
         if not isinstance(rope, dict):
             return
         section = rope.get("mrope_section")
-        if section is None and "mrope_section" in _source(type(default)):
+        if section is None and "rope_type" in rope and "mrope_section" in _source(type(default)):
             section = [1, 1, 1]
+            rope = {"rope_type": "default", "rope_theta": 10000.0, **rope}
         if section:
             head = kwargs.get("head_dim") or WIDTH // HEADS
             half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
@@ -221,6 +226,9 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         more["decoder_input_ids"] = ids(8)
     if "bbox" in parameters:
         more["bbox"] = torch.zeros(1, 12, 4, dtype=torch.long)
+    if "codebook" in str(parameters) or _find(config, "num_codebooks"):
+        books = _find(config, "num_codebooks") or 1
+        yield {"input_ids": ids(12).expand(books, 12), "encoder_hidden_states": noise(1, 9, WIDTH)}
     main = getattr(model, "main_input_name", "input_ids")
     order = dict.fromkeys([main, "input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds",
                            "hidden_states"])  # fmt: skip
@@ -255,11 +263,25 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             for shape in ((1, mels, 2 * positions), (1, 64, mels), (1, 64, 2 * mels), (1, 2000), (1, 1, 2000), (1, 400, mels)):
                 yield {name: noise(*shape), **more}
             yield {name: ids(), **more}
-    visual = {"hidden_states", "grid_thw"}
-    if visual <= set(parameters):
-        patch = getattr(config, "patch_size", 4)
-        width = getattr(config, "in_channels", 3) * getattr(config, "temporal_patch_size", 1) * patch * patch
-        yield {"hidden_states": noise(64, width), "grid_thw": torch.tensor([[1, 8, 8]])}
+            for mask in ("attention_mask", "input_features_mask", "feature_attention_mask"):
+                if mask in parameters:
+                    yield {name: noise(1, mels, 2 * positions), mask: torch.ones(1, 2 * positions, dtype=torch.long)}
+                    yield {name: noise(1, 64, mels), mask: torch.ones(1, 64, dtype=torch.long)}
+            for lengths in ("feature_lens", "audio_lens"):
+                if lengths in parameters:
+                    yield {name: noise(mels, 64), lengths: torch.tensor([64])}
+    grids = [n for n in ("grid_thw", "image_grid_thw", "grid_thws", "image_grid_hws") if n in parameters]
+    for main in ("hidden_states", "pixel_values") if grids else ():
+        if main not in parameters:
+            continue
+        patch = _find(config, "patch_size") or 4
+        time = _find(config, "temporal_patch_size") or 1
+        channels = _find(config, "in_channels") or _find(config, "num_channels") or 3
+        grid = {n: torch.tensor([[1, 8, 8]]) for n in grids}
+        merges = {"merge_sizes": torch.tensor([1])} if "merge_sizes" in parameters else {}
+        for shape in ((64, channels * time * patch * patch), (1, 64, channels * time * patch * patch),
+                      (64, channels, patch, patch), (1, 64, channels, patch, patch)):  # fmt: skip
+            yield {main: noise(*shape), **grid, **merges}
 
 
 @functools.cache
@@ -317,9 +339,11 @@ def build(model_type: str) -> PreTrainedModel:
     raise RuntimeError(errors[0] if len(set(errors)) == 1 else " || ".join(dict.fromkeys(errors)))
 
 
-def run_candidates(model: PreTrainedModel) -> dict[str, Any]:
+def run_candidates(model: PreTrainedModel, alone: bool = False, **_: bool) -> dict[str, Any]:
     errors = []
     for batch in candidates(model):
+        if alone and next(iter(batch.values())).shape[1] < 64:
+            continue
         try:
             with torch.no_grad():
                 model(**batch)
@@ -329,13 +353,13 @@ def run_candidates(model: PreTrainedModel) -> dict[str, Any]:
     raise RuntimeError("forward: " + " | ".join(errors))
 
 
-def judge(model: nn.Module, seen: Any) -> tuple[list[str], int]:
-    """What is wrong with the partition of a model by what was seen of it, and how many tensors make heads."""
+def judge(model: nn.Module, seen: Any) -> tuple[list[str], list[str]]:
+    """What is wrong with the partition of a model by what was seen of it, and the heads that weren't seen."""
     blocks = partition(model)
     parameters = dict(model.named_parameters())
     wrong = [f"{name} is in no block" for name in parameters if name not in blocks]
     if blocks.scheme == "tensor":
-        return [*wrong, *(["it attends"] if seen.attentions else [])], 0
+        return [*wrong, *(["it attends"] if seen.attentions else [])], []
     for name, axes in seen.contracted.items():
         if re.search(UNOBSERVED, name):
             continue
@@ -349,6 +373,8 @@ def judge(model: nn.Module, seen: Any) -> tuple[list[str], int]:
         rows = index[0].flatten()
         expected = torch.arange(len(rows))
         sets = seen.heads.get(name, [])
+        if not sets and blocks[name].role in ("query", "key", "fused"):
+            continue  # among the unseen below
         if len(sets) == 1 and len(sets[0]) < len(rows):
             sets = []  # the part of latent attention's down-projection that all heads share
         for head in sets:
@@ -364,8 +390,7 @@ def judge(model: nn.Module, seen: Any) -> tuple[list[str], int]:
         if entry.role in ("query", "key", "fused") and entry.name not in seen.heads
         and not re.search(UNOBSERVED, entry.name)
     ]  # fmt: skip
-    wrong += [f"unseen {name}" for name in unseen]
-    return wrong, len(seen.heads)
+    return wrong, unseen
 
 
 def probe(model_type: str) -> dict[str, Any]:
@@ -379,8 +404,9 @@ def probe(model_type: str) -> dict[str, Any]:
     except Exception as error:
         return {**row, "status": "blind", "why": f"{type(error).__name__}: {error}", "seconds": time.process_time() - start}
     try:
-        wrong, tensors = judge(model, seen)
-        row |= {"status": "wrong" if wrong else "right", "why": wrong, "tensors": tensors, "attentions": seen.attentions}
+        wrong, unseen = judge(model, seen)
+        row |= {"status": "wrong" if wrong else "blind" if unseen else "right", "attentions": seen.attentions}
+        row |= {"why": wrong or [f"not reached: {name}" for name in unseen], "tensors": len(seen.heads)}
     except PartitionError as error:
         row |= {"status": "error", "why": str(error)}
     return {**row, "seconds": round(time.process_time() - start, 2)}
@@ -388,7 +414,7 @@ def probe(model_type: str) -> dict[str, Any]:
 
 def look(model: PreTrainedModel, **how: bool) -> Any:
     """What is seen of a model, and of the models inside it that its own forward didn't reach."""
-    batch = run_candidates(model)
+    batch = run_candidates(model, **how)
     seen = observe(model, lambda: model(**batch), **how)
     for prefix, inner in model.named_modules():
         if inner is model or not isinstance(inner, PreTrainedModel):

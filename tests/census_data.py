@@ -15,16 +15,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 48, "attention_window_size": 8},
     "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},
     "dots1": {"n_shared_experts": 1},
-    "mamba2": {"num_heads": 6, "head_dim": 16, "state_size": 16},
+    "mamba2": {"num_heads": 6, "head_dim": 16, "state_size": 16, "n_groups": 2},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 12, "ssm_state_size": 16, "n_groups": 2, "n_group": 1},
-    "mimo_v2_flash": {"v_head_dim": 12},
-    "gemma4_assistant": {},
-    "zamba": {"num_hidden_layers": 3, "layer_types": None, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+    "zamba": {"num_hidden_layers": 5, "layer_types": ..., "layers_block_type": ["mamba", "mamba", "hybrid"] + ["mamba", "hybrid"]},
+    "mimo_v2_flash": {"num_key_value_heads": 3},
+    "jetmoe": {"num_experts_per_tok": 4},
+    "swin": {"depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+    "donut-swin": {"depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 60},
+    "esm": {"vocab_size": 99, "pad_token_id": 1, "mask_token_id": 32},
+    "mobilebert": {"intra_bottleneck_size": 48, "true_hidden_size": 48},
     "xmod": {"default_language": "en_XX"},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [24, 24]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 4, "chunk_size": 8},
-    "qwen4_exp_text": {"num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "qwen4_exp_text": {
+        "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2,
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
 }
 
 # Attention without a softmax in the middle, by model type.
@@ -32,5 +41,7 @@ LINEAR_ATTENTION = {"minimax", "xlstm"}
 # Queries that positions get from different experts.
 ALONE = {"jetmoe"}
 
-# Queries and keys through which nothing is differentiated: an indexer's scores pick positions by top-k.
-UNOBSERVED = r"\bindexer\b"
+# Tensors that the oracle can't judge, and what was decided of them.
+#   An indexer's scores pick positions by top-k, through which nothing is differentiated: by head, as queries and keys.
+#   What DeepSeek-V4's compressor pools over positions is a latent: by neuron.
+UNOBSERVED = r"\bindexer\b|\bcompressor\.\w+_proj\b"

@@ -202,21 +202,21 @@ class _Watch(TorchFunctionMode):
         return True
 
     def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return func(input.detach() if self._parameter(weight, -1) else input, weight, bias)
+        return func(_cut(input) if self._parameter(weight, -1) else input, weight, bias)
 
     def _convolution(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         """One with a kernel of a single position is a matrix."""
         x, weight = _named(args, kwargs, ("input", "weight"))
         if set(weight.shape[2:]) == {1} and self._parameter(weight, 1):
             rest = {**dict(zip(("bias", "stride", "padding", "dilation", "groups"), args[2:])), **kwargs}
-            return func(x.detach(), weight, **{k: v for k, v in rest.items() if k not in ("input", "weight")})
+            return func(_cut(x), weight, **{k: v for k, v in rest.items() if k not in ("input", "weight")})
         return func(*args, **kwargs)
 
     def _product(self, func: Any, a: Tensor, b: Tensor, name: str, kwargs: Any) -> Tensor:
         if b.ndim >= 2 and self._parameter(b, -2):
-            return func(a.detach(), b, **kwargs)
+            return func(_cut(a), b, **kwargs)
         if a.ndim >= 2 and self._parameter(a, -1):
-            return func(a, b.detach(), **kwargs)
+            return func(a, _cut(b), **kwargs)
         out = func(a, b, **kwargs)
         if a.ndim < 3 or b.ndim < 3:
             return out
@@ -242,7 +242,7 @@ class _Watch(TorchFunctionMode):
             summed = [axis for label, axis in axes.items() if label not in out]
             ours[i] = bool(summed) and self._parameter(tensor, *summed)
         if any(ours):
-            operands = [t if mine else t.detach() for t, mine in zip(operands, ours)]
+            operands = [t if mine else _cut(t) for t, mine in zip(operands, ours)]
             return func(equation, *operands)
         result = func(equation, *operands)
         if len(operands) != 2 or min(t.ndim for t in operands) < 3:
@@ -286,6 +286,11 @@ class _Watch(TorchFunctionMode):
         ]
         self.attended.append((_factor(split[0]), _factor(split[1])))
         return func(*(a.detach() if isinstance(a, Tensor) else a for a in args), **kwargs)
+
+
+def _cut(tensor: Tensor) -> Tensor:
+    """What goes into a matrix, without where it came from; finite, for a tiny model may mask all positions."""
+    return tensor.detach().nan_to_num()
 
 
 def _factor(tensor: Tensor, channel: int = -1) -> Factor:

@@ -8,7 +8,7 @@ what was tried; nothing is guessed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,7 @@ from .vocabulary import (
     QUERIES,
     QUERY,
     QUERY_GATE,
+    QUERY_KEY,
     VALUE,
     part_of,
 )
@@ -108,10 +109,10 @@ def projections(module: nn.Module) -> dict[str, str | None]:
         ``None`` where that is not known.
     """
     held = [name for name, p in module._parameters.items() if p is not None and p.ndim in (2, 3) and _has_rows(p)]
-    for name, child in module._modules.items():
-        if _is_matrix(child):
-            held.append(name)
     kind = type(module).__name__
+    for name, child in module._modules.items():
+        if _is_matrix(child) or (part_of(kind, name) is not None and _is_wrapped_matrix(child)):
+            held.append(name)
     # nn.MultiheadAttention's q_proj_weight and in_proj_weight
     return {name: FUSED if name == "in_proj_weight" else part_of(kind, name) for name in held}
 
@@ -121,14 +122,18 @@ def _has_rows(parameter: Any) -> bool:
 
 
 def _is_matrix(child: Any) -> bool:
-    """Whether a module is a linear map, or one that is wrapped in a module with no other."""
+    """Whether a module is a linear map, if only as a convolution of one position with itself."""
     weight = _weight_of(child)
-    if weight is None and child is not None and 0 < len(child._modules) < 4:
-        inner = [w for c in child._modules.values() if getattr(w := _weight_of(c), "ndim", 0) >= 2]
-        weight = inner[0] if len(inner) == 1 else None
     if isinstance(child, nn.modules.conv._ConvNd):
         return weight is not None and set(weight.shape[2:]) == {1}
     return getattr(weight, "ndim", 0) == 2 and not isinstance(child, nn.Embedding)
+
+
+def _is_wrapped_matrix(child: Any) -> bool:
+    """Whether a module holds one linear map, and nothing else that has more than vectors."""
+    if child is None or not 0 < len(child._modules) < 4:
+        return False
+    return sum(getattr(_weight_of(inner), "ndim", 0) >= 2 for inner in child._modules.values()) == 1
 
 
 def _weight_of(child: Any) -> Any:
@@ -214,10 +219,14 @@ def cut(module: nn.Module, name: str, rows: int, axis: int, heads: Heads, value:
     if part == VALUE:
         why = "a block a row" if value == "neuron" else "value='whole'"
         return Slices("value", Layout((axis,), (_value(rows, value),)), why)
+    if (ratio := getattr(module, "channel_shrink_ratio", None)) and name.startswith("layout_") and heads.dim:
+        heads = replace(heads, dim=replace(heads.dim, value=heads.dim.value // ratio))  # LiLT's second stream
     if part in (QUERY, QUERY_GATE):
         return _query(rows, axis, heads, gated=part == QUERY_GATE)
     if part == KEY:
         return _one("key", rows, axis, _key_heads(rows, heads), heads)
+    if part == QUERY_KEY:
+        return _query_key(rows, axis, heads)
     if part == KEY_VALUE:
         return _key_value(rows, axis, heads, value)
     if part == KEY_VALUE_BY_HEAD:
@@ -275,6 +284,14 @@ def _query(rows: int, axis: int, heads: Heads, gated: bool) -> Slices:
     grids = (Grid((count.value, dim.value), (False, True)), Grid((count.value, gate), (False, False)))
     why = f"{count.value} heads of {dim.value} query and {gate} gate rows: {count.source}"
     return Slices("fused", Layout((axis,), grids, interleave=1), why)
+
+
+def _query_key(rows: int, axis: int, heads: Heads) -> Slices:
+    """Queries, then keys."""
+    queries, keys = heads.count.value, heads.key_value.value
+    dim = _divide(rows, queries + keys, heads)
+    grids = tuple(Grid((count, dim), (False, True)) for count in (queries, keys))
+    return Slices("fused", Layout((axis,), grids), f"{queries} query, {keys} key heads of {dim} rows: {heads}")
 
 
 def _key_value(rows: int, axis: int, heads: Heads, value: str) -> Slices:

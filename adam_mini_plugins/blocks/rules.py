@@ -149,6 +149,8 @@ def vector(site: Site) -> Slices | None:
     """Norm weights, class tokens, other vectors and scalars: one block."""
     if site.ndim == 0:
         return Slices("vector", Layout.elements(()), "a scalar")
+    if site.ndim == 2 and words(site.attribute)[-1:] == ["scale"]:
+        return Slices("vector", Layout.whole(site.shape.numel(), (0, 1)), f"a vector of {type(site.module).__name__}")
     longest = max(site.shape)
     row_of_a_matrix = site.attribute == "weight" and isinstance(site.module, (nn.Linear, nn.Embedding))
     if (site.ndim > 1 and site.shape.numel() != longest) or row_of_a_matrix:
@@ -198,8 +200,8 @@ def _headed(site: Site, part: str, module: nn.Module, heads: Heads) -> Slices | 
     return Slices(slices.role, Layout((1, 2), slices.layout.grids), slices.why)
 
 
-# Modules whose stacks are square, so that only their code tells.
-_TRANSPOSED = {"RecurrentGemmaRglru": True}
+# Modules whose stacks are square, or don't follow one another, so that only their code tells.
+_TRANSPOSED = {"RecurrentGemmaRglru": True, "ZambaMambaMixer": False}
 
 
 def experts(site: Site) -> Slices | None:
@@ -222,7 +224,7 @@ def experts(site: Site) -> Slices | None:
         transposed = _is_transposed(site, stacks)
     axes = (0, 2) if transposed else (0, 1)
     rows = count * site.shape[axes[1]]
-    if len(site.path) > 2 and type(site.path[2][1]).__name__ == "JetMoeMoA" and site.path[1][0] == "input_linear":
+    if len(site.path) > 1 and (site.path[1][0], type(site.path[1][1]).__name__) == ("input_linear", "JetMoeMoA"):
         return _expert_queries(site, count)
     return Slices("expert", Layout.each_row(rows, axes), f"a block an output neuron of each of {count} experts")
 
@@ -283,7 +285,7 @@ def _maps_to_labels(site: Site) -> bool:
 
 # What bare tables of vectors are called, one vector a row.
 _TABLE = frozenset(
-    "pos position positions positional embed embedding embeddings token tokens query queries latent latents prompt "
+    "ape pos position positions positional embed embedding embeddings token tokens query queries latent latents prompt "
     "prompts table probe register registers codebook class cls memory".split()
 )
 

@@ -17,6 +17,8 @@ QUERY, KEY, VALUE = "query", "key", "value"
 FUSED, FUSED_BY_HEAD = "fused", "fused by head"
 # Query, value and key, in four turns.
 FUSED_IN_TURNS = "fused in turns"
+# Queries, then keys.
+QUERY_KEY = "query and key"
 # A query and, side by side with it in each head, a gate on the attention's output.
 QUERY_GATE = "query and gate"
 # Key and value, one after the other, or a key that is the value as well.
@@ -27,7 +29,7 @@ KEY_VALUE_BY_HEAD = "key and value by head"
 LINEAR = "linear"
 
 QUERIES = frozenset({QUERY, QUERY_GATE})
-ALL_IN_ONE = frozenset({FUSED, FUSED_BY_HEAD, FUSED_IN_TURNS})
+ALL_IN_ONE = frozenset({FUSED, FUSED_BY_HEAD, FUSED_IN_TURNS, QUERY_KEY})
 KEYS = frozenset({KEY, KEY_VALUE, KEY_VALUE_BY_HEAD})
 HEADED = QUERIES | KEYS | ALL_IN_ONE
 
@@ -56,6 +58,8 @@ _NAMED: dict[str, str] = {
     "post": LINEAR,
     "post_proj": LINEAR,
     "final": LINEAR,
+    "linear": LINEAR,
+    "gru_rel_pos_linear": LINEAR,
     # One output a position or kernel tap, for all heads: logits that no key stands behind.
     "r_proj": LINEAR,
     "relative_pos_embeddings": LINEAR,
@@ -95,6 +99,8 @@ def part_of(kind: str, name: str) -> str | None:
     query, key, value = bool(said & _QUERY), bool(said & _KEY), bool(said & _VALUE)
     if said & _FUSED or (query and key and value):
         return FUSED
+    if "qk" in said or (query and key):
+        return QUERY_KEY
     if said & _KEY_VALUE or (key and value):
         return LINEAR if said & _DOWN else KEY_VALUE_BY_HEAD if said & _UP else KEY_VALUE
     if query:
