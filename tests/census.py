@@ -1,38 +1,35 @@
 """Every architecture of the installed transformers, tiny, against its own attention.
 
-    python tests/census.py [MODEL_TYPE ...]
+    python tests/census.py                 # all of them; writes what was found to tests/census.json
+    python tests/census.py llama qwen3     # these, and what is wrong with them
 
 builds a tiny instance of each model type, runs it, and compares :func:`partition` with what
-``tests/oracle.py`` sees. With no names it goes through all of them.
+``tests/oracle.py`` sees.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib
-import importlib.util
-import inspect
 import json
 import logging
 import re
-import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import transformers
-from census_data import ALONE, LINEAR_ATTENTION, OVERRIDES, UNOBSERVED
-from oracle import observe
-from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from census_data import ALONE, LINEAR_ATTENTION, UNJUDGED, UNOBSERVED
+from oracle import Observed, observe
+from tiny import CannotRunError, build, feed
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from adam_mini_plugins import PartitionError, partition
+from adam_mini_plugins import Partition, PartitionError, partition
 
+RESULTS = Path(__file__).with_name("census.json")
 # What an architecture is mostly trained as comes first.
 KINDS = {
     "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
@@ -49,44 +46,6 @@ KINDS = {
     "base": ("",),
 }  # fmt: skip
 
-WIDTH, HEADS, KEY_HEADS, WIDE_HEAD = 48, 6, 2, 10
-VOCABULARY = 199
-# Patterns on the names of a config's whole numbers, first match wins.
-SIZES: tuple[tuple[str, int], ...] = (
-    (r".*vocab_size.*|n_vocab|num_embeddings|n_tokens", VOCABULARY),
-    (r"window_size|attention_window", 4),
-    (r"num_groups|upsample_groups", 4),
-    (r"out_hidden_size", WIDTH),
-    (r".*depth_multiplier|num_nextn.*|.*conv_.*layers|.*layer_offset|.*feat_extract.*layers", 0),
-    (r"(num_)?(\w+_)?(hidden_|attention_)?(layers|depth|blocks)|n_layers?|\w*num_layers|layers", 2),
-    (r"num_key_value_heads|\w*num_kv_heads|n_head_kv|\w*num_key_value_heads", KEY_HEADS),
-    (r"num_attention_heads|\w*attention_heads|n_heads?|num_heads|\w*num_heads|\w*n_heads", HEADS),
-    (r"qk_rope_head_dim", 4),
-    (r"qk_nope_head_dim", 14),
-    (r"qk_head_dim", 18),
-    (r"v_head_dim", 12),
-    (r"head_dim|d_head|\w*_head_dim|d_kv|kv_channels|attention_head_dim", WIDE_HEAD),
-    (r"\w*moe_intermediate_size|\w*shared_expert_intermediate_size|expert_ffn_hidden_size", 40),
-    (r"\w*intermediate_size|\w*ffn_dim|d_ff|n_inner|\w*ffn_hidden_size|mlp_dim|\w*feed_?forward\w*|d_inner", 80),
-    (r"hidden_size_per_layer_input", 12),
-    (r"rotary_dim", 4),
-    (r"\w*hidden_size|\w*d_model|embedding_dim|n_embd|dim|\w*embed_dim|\w*embedding_size|\w*hidden_dim|projection_dim|emb_dim", WIDTH),
-    (r"n_routed_experts|num_(local_)?experts|moe_num_experts|n_experts|num_moe_experts", 4),
-    (r"num_experts_per_tok|moe_topk|moe_k|top_k_experts|num_selected_experts|moe_top_k", 2),
-    (r"n_group", 2),
-    (r"topk_group", 1),
-    (r"q_lora_rank", 18),
-    (r"kv_lora_rank", 16),
-    (r"max_position_embeddings|n_positions|max_\w*position\w*|n_ctx|max_sequence_length|max_seq_len|block_size", 64),
-    (r"image_size", 32),
-)
-COMMON = {f.name for f in dataclasses.fields(PreTrainedConfig)} - {"id2label"}
-NOT_FIELDS = ("self", "args", "kwargs")
-TIMEOUT = 60
-ELEMENTS = 150_000_000
-
-transformers.logging.set_verbosity_error()
-
 
 def architectures() -> dict[str, tuple[str, str]]:
     """For each model type with a model class: its kind, and the name of the class to probe."""
@@ -99,263 +58,67 @@ def architectures() -> dict[str, tuple[str, str]]:
     return found
 
 
-class Tiny:
-    """Shrinks a config class by the names of its fields.
+@dataclass
+class Finding:
+    """What is to be said of one architecture.
 
-    `apart` sets head_dim apart from hidden_size / heads where a config has it; `grouped` gives several
-    query heads one key head.
+    `status` is "right"; "wrong" or "error" where the partition is or raises; "blind" where the oracle
+    can't tell. `tensors` counts those found to make queries or keys.
     """
 
-    def __init__(self, apart: bool, grouped: bool) -> None:
-        self.apart, self.grouped = apart, grouped
-
-    def size(self, name: str, default: int) -> int:
-        for pattern, value in SIZES:
-            if re.fullmatch(pattern, name):
-                break
-        else:
-            return default
-        if value == WIDE_HEAD and not self.apart:
-            return WIDTH // HEADS
-        if value == KEY_HEADS and not self.grouped:
-            return HEADS
-        return value if default > value or value in (HEADS, WIDE_HEAD) else default
-
-    def config(self, cls: type[PreTrainedConfig], model_type: str, **given: Any) -> PreTrainedConfig:
-        overrides = {**OVERRIDES.get(model_type, {}), **given}
-        return cls(**{name: value for name, value in {**self.fields(cls), **overrides}.items() if value is not ...})
-
-    def fields(self, cls: type[PreTrainedConfig]) -> dict[str, Any]:
-        default = cls()
-        declared = {f.name: f.default for f in dataclasses.fields(cls)}
-        names = [n for n in declared if n not in COMMON and not n.startswith("_")]
-        names += [n for n in inspect.signature(cls.__init__).parameters if n not in (*names, *COMMON, *NOT_FIELDS)]
-        kwargs: dict[str, Any] = {}
-        for name in names:
-            value = get(default, name, declared.get(name))
-            if isinstance(value, PreTrainedConfig):
-                kwargs[name] = self.config(type(value), value.model_type)
-            elif type(value) is int and declared.get(name, 0) is not None:
-                kwargs[name] = self.size(name, value)
-            elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
-                depth = "depth" in name or "layers" in name  # a list has an entry a stage; its widths stay as they are
-                kwargs[name] = type(value)(1 if depth and "index" not in name else v for v in value)
-            elif value is None and re.fullmatch(r"n_routed_experts|num_experts", name):
-                kwargs[name] = 4
-            elif value is None and name == "num_experts_per_tok":
-                kwargs[name] = 2
-            if name in kwargs and type(value) in (int, list, tuple) and kwargs[name] == value:
-                del kwargs[name]
-        if self.grouped and "num_key_value_heads" in names and declared.get("num_key_value_heads", 0) is None:
-            kwargs["num_key_value_heads"] = KEY_HEADS
-        if self.apart and "head_dim" in names and declared.get("head_dim", 0) is None:
-            kwargs["head_dim"] = WIDE_HEAD
-        if "qk_rope_head_dim" in names:  # latent attention: no groups, and head_dim is the rotary part
-            kwargs |= {"num_key_value_heads": HEADS} | ({"head_dim": 4} if "head_dim" in kwargs else {})
-        self._layers(cls, default, kwargs, names)
-        self._tokens(default, kwargs, names)
-        self._rope(default, kwargs)
-        return kwargs
-
-    @staticmethod
-    def _layers(cls: type[PreTrainedConfig], default: Any, kwargs: dict[str, Any], names: list[str]) -> None:
-        """Lists with an entry a layer are cut to one layer of each kind."""
-        count = next((n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in kwargs), None)
-        if count is None:
-            return
-        layers = get(default, count)
-        lists = {
-            n: list(v)
-            for n in dict.fromkeys((*names, "layer_types"))
-            if isinstance(v := get(default, n), (list, tuple)) and len(v) == layers and layers > 4
-            and not isinstance(getattr(cls, cls.attribute_map.get(n, n), None), property)
-        }
-        kinds = list(zip(*lists.values())) if lists else []
-        picked: list[int] = []
-        for i, kind in enumerate(kinds):
-            if str(kind) not in {str(kinds[j]) for j in picked}:
-                picked.append(i)
-        if lists:
-            while len(picked) < 2:
-                picked.append(len(picked))
-            for n, v in lists.items():
-                kwargs[n] = [v[i] for i in picked]
-            kwargs[count] = len(picked)
-
-    @staticmethod
-    def _tokens(default: Any, kwargs: dict[str, Any], names: list[str]) -> None:
-        """Special tokens lie within the vocabulary, each with a number of its own."""
-        free = VOCABULARY
-        for name in names:
-            value = get(default, name)
-            if re.fullmatch(r"\w*(token|token_id|token_index)", name) and type(value) is int and value >= 100:
-                free -= 1
-                kwargs[name] = free
-
-    def _rope(self, default: Any, kwargs: dict[str, Any]) -> None:
-        """The sections of a multi-axis rotary embedding add up to half a (tiny) head."""
-        rope = get(default, "rope_parameters")
-        if not isinstance(rope, dict):
-            return
-        section = rope.get("mrope_section")
-        if section is None and "rope_type" in rope and "mrope_section" in _source(type(default)):
-            section = [1, 1, 1]
-            rope = {"rope_type": "default", "rope_theta": 10000.0, **rope}
-        if section:
-            head = kwargs.get("head_dim") or WIDTH // HEADS
-            half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
-            small = [max(1, half * s // sum(section)) for s in section]
-            small[0] += half - sum(small)
-            kwargs["rope_parameters"] = {**rope, "mrope_section": small}
+    status: str
+    why: list[str] = field(default_factory=list)
+    tensors: int = 0
 
 
-def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Generic inputs, the likeliest first."""
-    parameters = inspect.signature(model.forward).parameters
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    def ids(tokens: int = 12) -> Tensor:
-        return torch.randint(5, 90, (1, tokens), generator=generator)
-
-    more: dict[str, Any] = {}
-    if "decoder_input_ids" in parameters:
-        more["decoder_input_ids"] = ids(8)
-    if "bbox" in parameters:
-        more["bbox"] = torch.zeros(1, 12, 4, dtype=torch.long)
-    if "codebook" in str(parameters) or _find(config, "num_codebooks"):
-        books = _find(config, "num_codebooks") or 1
-        yield {"input_ids": ids(12).expand(books, 12), "encoder_hidden_states": noise(1, 9, WIDTH)}
-    main = getattr(model, "main_input_name", "input_ids")
-    order = dict.fromkeys([main, "input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds",
-                           "hidden_states"])  # fmt: skip
-    width = next((v for n in ("hidden_size", "d_model", "embed_dim") if isinstance(v := get(config, n, 0), int) and v), WIDTH)
-    for name in order:
-        if name not in parameters:
-            continue
-        if "ids" in name:
-            if "encoder_hidden_states" in parameters and not more:
-                yield {name: ids(), "encoder_hidden_states": noise(1, 9, get(config, "cross_attention_hidden_size") or width)}
-            yield {name: ids(), **more}
-            yield {name: ids(64), **more}
-        elif "pixel" in name:
-            size = _find(config, "image_size") or 32
-            height, wide = size if isinstance(size, (list, tuple)) else (size, size)
-            channels = _find(config, "num_channels") or 3
-            frames = _find(config, "num_frames")
-            with_text = {**more, **({"input_ids": ids()} if "input_ids" in parameters else {})}
-            patch = _find(config, "patch_size") or 4
-            patch = patch if isinstance(patch, int) else patch[0]
-            for extra in ({}, with_text) if with_text != {} else ({},):
-                yield {name: noise(1, channels, height, wide), **extra}
-                if "pixel_mask" in parameters:
-                    yield {name: noise(1, channels, height, wide), "pixel_mask": torch.ones(1, height, wide), **extra}
-                if frames:
-                    yield {name: noise(1, frames, channels, height, wide), **extra}
-        elif name in ("inputs_embeds", "hidden_states"):
-            yield {name: noise(1, 12, width), **more}
-        else:
-            mels = _find(config, "num_mel_bins") or _find(config, "feature_size") or _find(config, "input_size") or 80
-            positions = _find(config, "max_source_positions") or 64
-            for shape in ((1, mels, 2 * positions), (1, 64, mels), (1, 64, 2 * mels), (1, 2000), (1, 1, 2000), (1, 400, mels)):
-                yield {name: noise(*shape), **more}
-            yield {name: ids(), **more}
-            for mask in ("attention_mask", "input_features_mask", "feature_attention_mask"):
-                if mask in parameters:
-                    yield {name: noise(1, mels, 2 * positions), mask: torch.ones(1, 2 * positions, dtype=torch.long)}
-                    yield {name: noise(1, 64, mels), mask: torch.ones(1, 64, dtype=torch.long)}
-            for lengths in ("feature_lens", "audio_lens"):
-                if lengths in parameters:
-                    yield {name: noise(mels, 64), lengths: torch.tensor([64])}
-    grids = [n for n in ("grid_thw", "image_grid_thw", "grid_thws", "image_grid_hws") if n in parameters]
-    for main in ("hidden_states", "pixel_values") if grids else ():
-        if main not in parameters:
-            continue
-        patch = _find(config, "patch_size") or 4
-        time = _find(config, "temporal_patch_size") or 1
-        channels = _find(config, "in_channels") or _find(config, "num_channels") or 3
-        grid = {n: torch.tensor([[1, 8, 8]]) for n in grids}
-        merges = {"merge_sizes": torch.tensor([1])} if "merge_sizes" in parameters else {}
-        for shape in ((64, channels * time * patch * patch), (1, 64, channels * time * patch * patch),
-                      (64, channels, patch, patch), (1, 64, channels, patch, patch)):  # fmt: skip
-            yield {main: noise(*shape), **grid, **merges}
-
-
-@functools.cache
-def _source(cls: type) -> str:
-    """The source of the models that a config class is for."""
-    name = cls.__module__.replace("configuration_", "modeling_")
-    return inspect.getsource(importlib.import_module(name)) if importlib.util.find_spec(name) else ""
-
-
-def get(config: Any, name: str, default: Any = None) -> Any:
-    """A field of a config, the default where it has none or one for each layer."""
-    try:
-        return getattr(config, name, default)
-    except Exception:
-        return default
-
-
-def _find(config: Any, name: str) -> Any:
-    """A field of a config, or of the first config inside it that has it."""
-    value = get(config, name)
-    if value is not None:
-        return value
-    for sub in get(config, "sub_configs", {}):
-        inner = get(config, sub)
-        if isinstance(inner, PreTrainedConfig) and (value := _find(inner, name)) is not None:
-            return value
-    return None
-
-
-def build(model_type: str) -> PreTrainedModel:
-    """A tiny model of the type: with head_dim apart and grouped heads if it can be, else without."""
+def probe(model_type: str) -> Finding:
+    """Compares the partition of a tiny model with what the oracle sees of it."""
     _, name = architectures()[model_type]
-    cls = getattr(transformers, name)
-    config_cls = cls.config_class or CONFIG_MAPPING[model_type]
-    errors = []
-    for apart, grouped in ((True, True), (False, True), (True, False), (False, False)):
-        try:
-            config = Tiny(apart, grouped).config(config_cls, config_cls.model_type or model_type)
-            config._attn_implementation = "eager"
-            config._experts_implementation = "eager"
-            with torch.device("meta"):
-                size = sum(p.numel() for p in cls(config).parameters())
-            if size > ELEMENTS:
-                raise ValueError(f"{size:,} elements")
-            torch.manual_seed(0)
-            model = cls(config).float().eval()
-            for p in model.parameters():
-                p.requires_grad_(True)
-                if not p.isfinite().all() or not p.any():
-                    nn.init.normal_(p, std=0.02)
-            run_candidates(model)
-            return model
-        except Exception as error:
-            errors.append(f"{type(error).__name__}: {error}")
-    raise RuntimeError(errors[0] if len(set(errors)) == 1 else " || ".join(dict.fromkeys(errors)))
+    try:
+        model, batch = build(getattr(transformers, name))
+    except (CannotRunError, AttributeError) as error:
+        return Finding("blind", [f"can't be built: {error}"])
+    try:
+        blocks = partition(model)
+    except PartitionError as error:
+        return Finding("error", [str(error)])
+    if isinstance(batch, CannotRunError):
+        return Finding("blind", [f"can't be run: {batch}"])
+    if model_type in UNJUDGED:
+        return Finding("blind", [UNJUDGED[model_type]])
+    seen = look(model, model_type)
+    wrong, unseen = judge(model, blocks, seen)
+    if wrong:
+        return Finding("wrong", wrong, len(seen.heads))
+    if unseen:
+        return Finding("blind", [f"not reached: {unseen[0]} and {len(unseen) - 1} others"], len(seen.heads))
+    return Finding("right", [], len(seen.heads))
 
 
-def run_candidates(model: PreTrainedModel, alone: bool = False, **_: bool) -> dict[str, Any]:
-    errors = []
-    for batch in candidates(model):
-        if alone and next(iter(batch.values())).shape[1] < 64:
+def look(model: PreTrainedModel, model_type: str) -> Observed:
+    """What is seen of a model, and of the models inside it that its own forward didn't reach."""
+    alone = model_type in ALONE
+    batch = feed(model, tokens=64 if alone else 0)
+    how = {"linear": model_type in LINEAR_ATTENTION, "alone": alone}
+    seen = observe(model, lambda: model(**batch), **how)
+    for prefix, inner in model.named_modules():
+        reached = any(name.startswith(f"{prefix}.") for name in seen.contracted)
+        if reached or inner is model or not isinstance(inner, PreTrainedModel):
             continue
         try:
-            with torch.no_grad():
-                model(**batch)
-            return batch
-        except Exception as error:
-            errors.append(f"{ {n: tuple(t.shape) for n, t in batch.items()} } {type(error).__name__}: {str(error)[:200]}")
-    raise RuntimeError("forward: " + " | ".join(errors))
+            batch = feed(inner)
+        except CannotRunError:
+            continue  # its queries and keys stay unseen
+        more = observe(inner, lambda: inner(**batch), **how)  # noqa: B023
+        seen.contracted |= {f"{prefix}.{name}": axes for name, axes in more.contracted.items()}
+        seen.convolved |= {f"{prefix}.{name}" for name in more.convolved}
+        seen.heads |= {f"{prefix}.{name}": heads for name, heads in more.heads.items()}
+        seen.attentions += more.attentions
+    return seen
 
 
-def judge(model: nn.Module, seen: Any) -> tuple[list[str], list[str]]:
-    """What is wrong with the partition of a model by what was seen of it, and the heads that weren't seen."""
-    blocks = partition(model)
+def judge(model: nn.Module, blocks: Partition, seen: Observed) -> tuple[list[str], list[str]]:
+    """What is wrong with a model's blocks by what was seen of it, and the queries and keys that weren't seen."""
     parameters = dict(model.named_parameters())
     wrong = [f"{name} is in no block" for name in parameters if name not in blocks]
     if blocks.scheme == "tensor":
@@ -363,7 +126,7 @@ def judge(model: nn.Module, seen: Any) -> tuple[list[str], list[str]]:
     for name, axes in seen.contracted.items():
         if re.search(UNOBSERVED, name):
             continue
-        if name not in blocks or (blocks[name].role == "conv" and name not in seen.heads):
+        if name not in blocks or (name in seen.convolved and name not in seen.heads):
             continue
         shape = parameters[name].shape
         index = blocks.block_index(name).expand(shape).movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
@@ -381,10 +144,8 @@ def judge(model: nn.Module, seen: Any) -> tuple[list[str], list[str]]:
             expected[list(head)] = min(head)
         pairs = torch.stack([rows, expected]).unique(dim=1)
         if not (len(pairs[0].unique()) == pairs.shape[1] == len(pairs[1].unique())):
-            sizes = sorted({len(s) for s in sets})
-            wrong.append(
-                f"{name} {tuple(shape)}: {blocks[name].role} {blocks[name].layout}, but {len(sets)} heads of {sizes} rows"
-            )
+            sizes, entry = sorted({len(s) for s in sets}), blocks[name]
+            wrong.append(f"{name} {tuple(shape)}: {entry.role} {entry.layout}, but {len(sets)} heads of {sizes} rows")
     unseen = [
         entry.name for entry in blocks.values()
         if entry.role in ("query", "key", "fused") and entry.name not in seen.heads
@@ -393,66 +154,31 @@ def judge(model: nn.Module, seen: Any) -> tuple[list[str], list[str]]:
     return wrong, unseen
 
 
-def probe(model_type: str) -> dict[str, Any]:
-    """What is to be said about one model type."""
-    kind, name = architectures()[model_type]
-    row: dict[str, Any] = {"type": model_type, "kind": kind, "class": name}
-    start = time.process_time()
-    try:
-        model = build(model_type)
-        seen = look(model, linear=model_type in LINEAR_ATTENTION, alone=model_type in ALONE)
-    except Exception as error:
-        return {**row, "status": "blind", "why": f"{type(error).__name__}: {error}", "seconds": time.process_time() - start}
-    try:
-        wrong, unseen = judge(model, seen)
-        row |= {"status": "wrong" if wrong else "blind" if unseen else "right", "attentions": seen.attentions}
-        row |= {"why": wrong or [f"not reached: {name}" for name in unseen], "tensors": len(seen.heads)}
-    except PartitionError as error:
-        row |= {"status": "error", "why": str(error)}
-    return {**row, "seconds": round(time.process_time() - start, 2)}
-
-
-def look(model: PreTrainedModel, **how: bool) -> Any:
-    """What is seen of a model, and of the models inside it that its own forward didn't reach."""
-    batch = run_candidates(model, **how)
-    seen = observe(model, lambda: model(**batch), **how)
-    for prefix, inner in model.named_modules():
-        if inner is model or not isinstance(inner, PreTrainedModel):
-            continue
-        names = {f"{prefix}.{n}" for n, p in inner.named_parameters() if p.ndim > 1}
-        if names & set(seen.contracted):
-            continue
-        try:
-            batch = run_candidates(inner)
-            more = observe(inner, lambda: inner(**batch), **how)
-        except Exception:
-            continue
-        seen.contracted |= {f"{prefix}.{n}": a for n, a in more.contracted.items()}
-        seen.heads |= {f"{prefix}.{n}": h for n, h in more.heads.items()}
-        seen.attentions += more.attentions
-    return seen
-
-
-def _alarm(*_: Any) -> None:
-    raise TimeoutError(f"more than {TIMEOUT} s")
-
-
-def main() -> None:
+def main(chosen: list[str]) -> None:
+    """Goes through the chosen architectures, or through all and writes what was found."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, _alarm)
-    for model_type in sys.argv[1:] or architectures():
-        signal.alarm(TIMEOUT)
-        try:
-            row = probe(model_type)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            row = {"type": model_type, "status": "crash", "why": f"{type(error).__name__}: {error}"}
-        signal.alarm(0)
-        print(json.dumps(row), flush=True)
+    found = {}
+    for model_type in chosen or architectures():
+        found[model_type] = finding = probe(model_type)
+        print(model_type, finding.status, *finding.why[:5], sep=" | ", flush=True)  # noqa: T201
+    if not chosen:
+        RESULTS.write_text(json.dumps(summary(found), indent=1) + "\n")
+
+
+def summary(found: dict[str, Finding]) -> dict[str, object]:
+    """What ``tests/census.json`` has: how many are right, of which kinds, and why others can't be told."""
+    kinds = architectures()
+    right = [model_type for model_type, finding in found.items() if finding.status == "right"]
+    return {
+        "transformers": transformers.__version__,
+        "right": dict(Counter(kinds[model_type][0] for model_type in right)),
+        "query and key tensors": sum(found[model_type].tensors for model_type in right),
+        "blind": {t: finding.why[0] for t, finding in found.items() if finding.status == "blind"},
+        "wrong": {t: finding.why[0] for t, finding in found.items() if finding.status in ("wrong", "error")},
+    }
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -10,14 +10,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 16},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 96, "mamba_d_state": 16},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_state": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 48, "attention_window_size": 8},
     "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},
     "dots1": {"n_shared_experts": 1},
     "mamba2": {"num_heads": 6, "head_dim": 16, "state_size": 16, "n_groups": 2},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 12, "ssm_state_size": 16, "n_groups": 2, "n_group": 1},
-    "zamba": {"num_hidden_layers": 5, "layer_types": ..., "layers_block_type": ["mamba", "mamba", "hybrid"] + ["mamba", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 5,
+        "layer_types": ...,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"],
+    },
     "mimo_v2_flash": {"num_key_value_heads": 3},
     "jetmoe": {"num_experts_per_tok": 4},
     "swin": {"depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
@@ -30,8 +38,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 4, "chunk_size": 8},
     "qwen4_exp_text": {
-        "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2,
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "num_experts_per_tok": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_hidden_layers": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
 }
@@ -45,3 +58,9 @@ ALONE = {"jetmoe"}
 #   An indexer's scores pick positions by top-k, through which nothing is differentiated: by head, as queries and keys.
 #   What DeepSeek-V4's compressor pools over positions is a latent: by neuron.
 UNOBSERVED = r"\bindexer\b|\bcompressor\.\w+_proj\b"
+
+# Architectures whose attention is not between projections alone, so that the oracle finds more.
+UNJUDGED = {
+    "inkling2": "learned queries attend to the residual stream, with no projection to keys",
+    "inkling2_text": "learned queries attend to the residual stream, with no projection to keys",
+}

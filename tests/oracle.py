@@ -57,10 +57,11 @@ class Observed:
 
     `contracted` has the axes that are summed over where the matrix is multiplied. `heads` has, for a
     matrix that makes queries or keys, one set for each head: positions on the flattened grid of its
-    other axes. `attentions` counts how often the model attended.
+    other axes. `convolved` are those that a convolution has. `attentions` counts how often the model attended.
     """
 
     contracted: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    convolved: set[str] = field(default_factory=set)
     heads: dict[str, list[Rows]] = field(default_factory=dict)
     attentions: int = 0
 
@@ -79,7 +80,7 @@ def observe(model: nn.Module, run: Callable[[], object], linear: bool = False, a
     watch = _Watch(model, linear)
     with torch.enable_grad(), _linear_attention_seen_by(watch, model), watch:
         run()
-    observed = Observed(watch.contracted, attentions=len(watch.attended))
+    observed = Observed(watch.contracted, watch.convolved, attentions=len(watch.attended))
     parameters = {name: p for p, name in watch.names.items() if name in watch.contracted and p.requires_grad}
     generator = torch.Generator().manual_seed(SEED)
     seen: set[int] = set()
@@ -149,6 +150,7 @@ class _Watch(TorchFunctionMode):
         self.names: dict[nn.Parameter, str] = {p: name for name, p in model.named_parameters()}
         self.by_storage = {p.untyped_storage().data_ptr(): p for p in self.names if p.numel()}
         self.contracted: dict[str, tuple[int, ...]] = {}
+        self.convolved: set[str] = set()
         self.attended: list[tuple[Factor, Factor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -208,6 +210,7 @@ class _Watch(TorchFunctionMode):
         """One with a kernel of a single position is a matrix."""
         x, weight = _named(args, kwargs, ("input", "weight"))
         if set(weight.shape[2:]) == {1} and self._parameter(weight, 1):
+            self.convolved.add(self.names[self.by_storage[weight.untyped_storage().data_ptr()]])
             rest = {**dict(zip(("bias", "stride", "padding", "dilation", "groups"), args[2:])), **kwargs}
             return func(_cut(x), weight, **{k: v for k, v in rest.items() if k not in ("input", "weight")})
         return func(*args, **kwargs)

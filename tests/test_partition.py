@@ -9,32 +9,41 @@ import time
 import pytest
 import torch
 import zoo
-from oracle import attention_heads
+from census import judge
+from oracle import observe
 from torch import nn
 
 from adam_mini_plugins import Layout, Partition, PartitionError, partition
 
 MODELS = {name: case.build for name, case in zoo.CASES.items()}
-# Latent attention's down-projection is cut by neuron (SPEC 2), also its last rows, which reach the keys
-# of all heads directly, so that the oracle finds one head there.
-LATENT = "kv_a_proj_with_mqa"
 
 
 @pytest.mark.parametrize("name", zoo.CASES)
-def test_query_and_key_blocks_are_the_heads_of_the_models_own_attention(name: str) -> None:
+def test_blocks_are_what_the_models_own_attention_and_products_say(name: str) -> None:
     case = zoo.CASES[name]
     model, batch = case.build()
-    blocks = partition(model)
-    found = [tensor for tensor in attention_heads(model, batch) if LATENT not in tensor.parameter]
-    for role in ("query", "key"):
-        assert sum(tensor.role == role for tensor in found) == case.attentions
-    for tensor in found:
-        entry = blocks[tensor.parameter]
-        assert entry.layout.axes == (tensor.axis,)
-        block_of_row = entry.block_index.flatten().tolist()
-        for head in tensor.rows:
-            (block,) = {block_of_row[row] for row in head}
-            assert {row for row, of in enumerate(block_of_row) if of == block} == head
+    seen = observe(model, lambda: model(**batch))
+    assert seen.attentions == case.attentions
+    assert judge(model, partition(model), seen) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("rule", "complaint"),
+    [
+        (
+            ("*.1.*.q_proj.weight", "neuron"),
+            "layers.1.self_attn.q_proj.weight (48, 48): custom 0: 48, but 6 heads",
+        ),
+        (("*.0.*.k_proj.weight", "4 heads"), "layers.0.self_attn.k_proj.weight (16, 48): custom 0: 4 (4), but 2 heads"),
+        (("*.0.*.v_proj.weight", "2 heads"), "layers.0.self_attn.v_proj.weight (16, 48): custom 0: 2 (8), but 0 heads"),
+        (("*.0.*.up_proj.weight", Layout.each_row(48, (1,))), "up_proj.weight (80, 48): blocks along (1,), which are"),
+    ],
+)
+def test_the_judge_finds_blocks_that_are_wrong(rule: tuple, complaint: str) -> None:
+    model, batch = MODELS["llama"]()
+    seen = observe(model, lambda: model(**batch))
+    (wrong,), _ = judge(model, partition(model, rules=[rule]), seen)
+    assert complaint in wrong
 
 
 @pytest.mark.parametrize("value", ["neuron", "whole"])

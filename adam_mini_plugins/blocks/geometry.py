@@ -34,11 +34,17 @@ from .vocabulary import (
     part_of,
 )
 
-HEADS = ("num_k_heads", "num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head", "heads", "nhead")
-KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads", "n_kv_head")
+# What modules and configs call these numbers, the most particular first.
+HEADS = (
+    "num_k_heads", "num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head", "heads", "nhead",
+    "index_n_heads",
+)  # fmt: skip
+KEY_VALUE_HEADS = (
+    "num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads", "n_kv_head", "index_kv_heads"
+)  # fmt: skip
 HEAD_DIM = (
     "head_k_dim", "qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head",
-    "d_head", "key_dim",
+    "d_head", "key_dim", "index_head_dim",
 )  # fmt: skip
 
 
@@ -108,7 +114,11 @@ def projections(module: nn.Module) -> dict[str, str | None]:
         For each name by which a matrix is held, the part that it plays if the module is attention,
         ``None`` where that is not known.
     """
-    held = [name for name, p in module._parameters.items() if p is not None and p.ndim in (2, 3) and _has_rows(p)]
+    held = [
+        name
+        for name, p in module._parameters.items()
+        if p is not None and p.ndim in (2, 3) and _has_rows(p) and name not in _LEARNED
+    ]
     kind = type(module).__name__
     for name, child in module._modules.items():
         if _is_matrix(child) or (part_of(kind, name) is not None and _is_wrapped_matrix(child)):
@@ -119,6 +129,10 @@ def projections(module: nn.Module) -> dict[str, str | None]:
 
 def _has_rows(parameter: Any) -> bool:
     return parameter.numel() != max(parameter.shape)
+
+
+# Bare parameters that are the queries themselves, learned, and not what makes them.
+_LEARNED = ("query", "queries")
 
 
 def _is_matrix(child: Any) -> bool:
@@ -347,9 +361,9 @@ def _shares(module: nn.Module, rows: int, heads: Heads) -> tuple[int, int, int, 
     if not heads.key_value.own and dim is not None and rows == 3 * queries * dim.value:
         keys = queries
     declared = [getattr(module, name, None) for name in ("num_v_heads", "head_v_dim")]
-    if dim is not None and all(isinstance(n, int) for n in declared):
-        values, gates = declared[0] * declared[1], rows - (queries + keys) * dim.value - declared[0] * declared[1]
-        if gates in (0, values):
+    if dim is not None and isinstance(declared[0], int) and isinstance(declared[1], int):
+        values = declared[0] * declared[1]
+        if rows - (queries + keys) * dim.value - values in (0, values):
             return queries, keys, dim.value, values
     ratio = getattr(module, "attention_ratio", None)
     if dim is not None and isinstance(ratio, int) and rows == (queries + keys + ratio * keys) * dim.value:

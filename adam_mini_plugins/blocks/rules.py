@@ -160,8 +160,9 @@ def vector(site: Site) -> Slices | None:
 
 
 def convolution(site: Site) -> Slices | None:
-    """Patch and feature convolutions: one block for the tensor."""
-    if not isinstance(site.module, nn.modules.conv._ConvNd):
+    """Patch, feature and short convolutions, torch's or a module's own: one block for the tensor."""
+    own = "conv" in type(site.module).__name__.lower() and site.attribute != "weight"
+    if not isinstance(site.module, nn.modules.conv._ConvNd) and not own:
         return None
     return Slices("conv", Layout.whole(site.shape[0]), f"one block a {type(site.module).__name__}")
 
@@ -201,7 +202,7 @@ def _headed(site: Site, part: str, module: nn.Module, heads: Heads) -> Slices | 
 
 
 # Modules whose stacks are square, or don't follow one another, so that only their code tells.
-_TRANSPOSED = {"RecurrentGemmaRglru": True, "ZambaMambaMixer": False}
+_TRANSPOSED = {"RecurrentGemmaRglru": True, "ZambaMambaMixer": False, "CsmCodebooksHead": True}
 
 
 def experts(site: Site) -> Slices | None:
@@ -217,9 +218,10 @@ def experts(site: Site) -> Slices | None:
         return None
     count = site.shape[0]
     stacks = [p.shape for p in site.module._parameters.values() if p is not None and p.ndim == 3]
-    if count != getattr(site.module, "num_experts", None) and len(stacks) < 2:
+    family = _TRANSPOSED.get(type(site.module).__name__)
+    if count != getattr(site.module, "num_experts", None) and len(stacks) < 2 and family is None:
         return None
-    transposed = getattr(site.module, "is_transposed", _TRANSPOSED.get(type(site.module).__name__))
+    transposed = getattr(site.module, "is_transposed", family)
     if transposed is None:
         transposed = _is_transposed(site, stacks)
     axes = (0, 2) if transposed else (0, 1)
@@ -260,6 +262,10 @@ def _is_transposed(site: Site, stacks: list[torch.Size]) -> bool:
     return fits[True]
 
 
+# Bare matrices that are multiplied as nn.Linear's weight is.
+_LINEAR = frozenset({"fn", "gate"})
+
+
 def linear(site: Site) -> Slices | None:
     """Any other linear map: one block an output neuron. The map to the vocabulary or to labels likewise."""
     if site.ndim != 2:
@@ -269,7 +275,12 @@ def linear(site: Site) -> Slices | None:
     layout = Layout.each_row(site.shape[axis], (axis,))
     if site.module is site.facts.output_embeddings or _maps_to_labels(site):
         return Slices("output", layout, f"a block a row of {kind}")
-    if isinstance(site.module, (nn.Linear, nn.RNNBase)) or axis == 1 or {"weight", "fn"} & {site.attribute, words(site.attribute)[-1]}:
+    if (
+        isinstance(site.module, (nn.Linear, nn.RNNBase))
+        or axis == 1
+        or site.attribute == "weight"
+        or _LINEAR & set(words(site.attribute))
+    ):
         return Slices("linear", layout, f"a block an output neuron of {kind}")
     if _PROJECTION & set(words(site.attribute)):  # CLIP's convention, x @ projection
         return Slices("linear", Layout.each_row(site.shape[1], (1,)), f"a block a column of {site.attribute}")
@@ -285,8 +296,32 @@ def _maps_to_labels(site: Site) -> bool:
 
 # What bare tables of vectors are called, one vector a row.
 _TABLE = frozenset(
-    "ape pos position positions positional embed embedding embeddings token tokens query queries latent latents prompt "
-    "prompts table probe register registers codebook class cls memory".split()
+    [
+        "ape",
+        "pos",
+        "position",
+        "positions",
+        "positional",
+        "embed",
+        "embedding",
+        "embeddings",
+        "token",
+        "tokens",
+        "query",
+        "queries",
+        "latent",
+        "latents",
+        "prompt",
+        "prompts",
+        "table",
+        "probe",
+        "register",
+        "registers",
+        "codebook",
+        "class",
+        "cls",
+        "memory",
+    ]
 )
 
 
@@ -302,9 +337,8 @@ def table(site: Site) -> Slices | None:
     called = set(words(" ".join(held for held, _ in site.path[:3]) if _is_list(site.module) else site.attribute))
     if site.ndim < 2 or site.attribute == "weight" or not called & _TABLE or called & _PROJECTION:
         return None
-    if site.attribute in projections(site.module) and is_attention(site.module):
-        if projections(site.module)[site.attribute] is not None:
-            return None
+    if is_attention(site.module) and projections(site.module).get(site.attribute) is not None:
+        return None
     axes = tuple(range(site.ndim - 1))
     rows = site.shape[:-1].numel()
     return Slices("embedding", Layout.each_row(rows, axes), f"a block a vector of {site.attribute}")

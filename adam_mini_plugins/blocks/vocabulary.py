@@ -40,6 +40,7 @@ _VALUE = frozenset({"v", "value", "values", "wv"})
 _FUSED = frozenset({"qkv", "wqkv"})
 _KEY_VALUE = frozenset({"kv", "wkv"})
 _DOWN, _UP = frozenset({"a", "down", "compress"}), frozenset({"b", "up"})
+_CONVOLUTION = frozenset({"conv", "sconv", "convolution"})  # of queries or keys, after their projection
 _GATE = frozenset({"gate", "g", "igate", "fgate", "ogate", "beta", "a", "b", "ba", "f", "i", "z", "dt"})
 _OUTPUT = frozenset({"o", "out", "output", "wo", "dense"})
 _NAMED: dict[str, str] = {
@@ -74,14 +75,15 @@ _FAMILY: dict[tuple[str, str], str] = {
     ("LevitAttention", "queries_keys_values"): FUSED_BY_HEAD,
     ("LevitAttentionSubsample", "keys_values"): KEY_VALUE_BY_HEAD,
     ("CodeGenAttention", "qkv_proj"): FUSED_IN_TURNS,
+    ("LSHSelfAttention", "query_key"): QUERY,  # Reformer: keys are the queries
     # No product of queries and keys: RWKV's recurrence is a channel's own, SwiftFormer's attention additive.
     ("RwkvSelfAttention", "key"): LINEAR,
     ("RwkvSelfAttention", "value"): LINEAR,
     ("SwiftFormerEfficientAdditiveAttention", "to_query"): LINEAR,
     ("SwiftFormerEfficientAdditiveAttention", "to_key"): LINEAR,
 }
-# Attention with one head in models whose config has the number of heads of other modules.
-ONE_HEAD = frozenset({"GroupViTAssignAttention"})
+# Attention with one head, in models whose config has the number of heads of other modules or none.
+ONE_HEAD = frozenset({"GroupViTAssignAttention", "JanusVQVAEAttnBlock", "ChameleonVQVAEEncoderAttnBlock"})
 
 
 def words(name: str) -> list[str]:
@@ -97,6 +99,8 @@ def part_of(kind: str, name: str) -> str | None:
         return special
     said = frozenset(words(name))
     query, key, value = bool(said & _QUERY), bool(said & _KEY), bool(said & _VALUE)
+    if said & _CONVOLUTION and (query or key or value):
+        return None
     if said & _FUSED or (query and key and value):
         return FUSED
     if "qk" in said or (query and key):
