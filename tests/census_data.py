@@ -31,6 +31,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "swin": {"depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
     "donut-swin": {"depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
     "blt": {"encoder_hash_byte_group_vocab": 60},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 80, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "pix2struct_text_model": {"d_kv": 8},
     "esm": {"vocab_size": 99, "pad_token_id": 1, "mask_token_id": 32},
     "mobilebert": {"intra_bottleneck_size": 48, "true_hidden_size": 48},
     "xmod": {"default_language": "en_XX"},
@@ -57,7 +62,8 @@ ALONE = {"jetmoe"}
 # Tensors that the oracle can't judge, and what was decided of them.
 #   An indexer's scores pick positions by top-k, through which nothing is differentiated: by head, as queries and keys.
 #   What DeepSeek-V4's compressor pools over positions is a latent: by neuron.
-UNOBSERVED = r"\bindexer\b|\bcompressor\.\w+_proj\b"
+#   DBRX's experts stand below one another in one matrix, summed over within each: a column of each expert.
+UNOBSERVED = r"\bindexer\b|\bcompressor\.\w+_proj\b|\bexperts\.mlp\.w2\b"
 
 # Architectures whose attention is not between projections alone, so that the oracle finds more.
 UNJUDGED = {

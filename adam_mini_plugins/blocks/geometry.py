@@ -121,6 +121,8 @@ def projections(module: nn.Module) -> dict[str, str | None]:
     ]
     kind = type(module).__name__
     for name, child in module._modules.items():
+        if name.isdigit():  # a list's items are no parts
+            break
         if _is_matrix(child) or (part_of(kind, name) is not None and _is_wrapped_matrix(child)):
             held.append(name)
     # nn.MultiheadAttention's q_proj_weight and in_proj_weight
@@ -172,7 +174,7 @@ def read_heads(module: nn.Module, configs: tuple[Any, ...]) -> Heads:
     if type(module).__name__ in ONE_HEAD:
         one = Number(1, type(module).__name__, own=True)
         return Heads(one, one, None)
-    count = _number(module, (), (*HEADS, "groups")) or _number(module, configs, HEADS)
+    count = _number(module, (), (*HEADS, "groups")) or _number(module, configs, HEADS) or _counted(module)
     if count is None:
         titles = " nor ".join(type(place).__name__ for place in configs) or "a config"
         raise GeometryError(
@@ -186,6 +188,14 @@ def read_heads(module: nn.Module, configs: tuple[Any, ...]) -> Heads:
         key_value = count
     key_value = key_value or _number(module, configs, KEY_VALUE_HEADS) or count
     return Heads(count, key_value, _number(module, configs, HEAD_DIM))
+
+
+def _counted(module: nn.Module) -> Number | None:
+    """The number of heads in a module that declares only their size, by the rows of its queries."""
+    dim = _number(module, (), HEAD_DIM)
+    query = next((child for name, child in module._modules.items() if part_of("", name) == QUERY), None)
+    rows = getattr(_weight_of(query), "shape", (0,))[0]
+    return Number(rows // dim.value, dim.source, own=True) if dim is not None and rows >= dim.value else None
 
 
 def _number(module: nn.Module, configs: tuple[Any, ...], names: tuple[str, ...]) -> Number | None:

@@ -214,6 +214,8 @@ def experts(site: Site) -> Slices | None:
     Raises:
         GeometryError: Which of the last two axes is the output can't be told.
     """
+    if type(site.module).__name__ == "DbrxExpertGLU" and site.attribute == "w2":
+        return _flat_experts(site)
     if site.ndim != 3 or isinstance(site.module, nn.modules.conv._ConvNd):
         return None
     count = site.shape[0]
@@ -229,6 +231,13 @@ def experts(site: Site) -> Slices | None:
     if len(site.path) > 1 and (site.path[1][0], type(site.path[1][1]).__name__) == ("input_linear", "JetMoeMoA"):
         return _expert_queries(site, count)
     return Slices("expert", Layout.each_row(rows, axes), f"a block an output neuron of each of {count} experts")
+
+
+def _flat_experts(site: Site) -> Slices:
+    """Experts below one another as ``(experts * in, out)`` (DBRX): a block an output neuron of each."""
+    module: Any = site.module
+    grid = Grid((module.moe_num_experts, module.ffn_hidden_size, site.shape[1]), (False, True, False))
+    return Slices("expert", Layout((0, 1), (grid,)), f"a block a column of each of {grid.sizes[0]} experts")
 
 
 def _expert_queries(site: Site, count: int) -> Slices:
@@ -263,7 +272,7 @@ def _is_transposed(site: Site, stacks: list[torch.Size]) -> bool:
 
 
 # Bare matrices that are multiplied as nn.Linear's weight is.
-_LINEAR = frozenset({"fn", "gate"})
+_LINEAR = frozenset({"fn", "gate", "w1", "v1"})
 
 
 def linear(site: Site) -> Slices | None:
@@ -279,7 +288,7 @@ def linear(site: Site) -> Slices | None:
         isinstance(site.module, (nn.Linear, nn.RNNBase))
         or axis == 1
         or site.attribute == "weight"
-        or _LINEAR & set(words(site.attribute))
+        or _LINEAR & {site.attribute, *words(site.attribute)}
     ):
         return Slices("linear", layout, f"a block an output neuron of {kind}")
     if _PROJECTION & set(words(site.attribute)):  # CLIP's convention, x @ projection
@@ -295,36 +304,11 @@ def _maps_to_labels(site: Site) -> bool:
 
 
 # What bare tables of vectors are called, one vector a row.
-_TABLE = frozenset(
-    [
-        "ape",
-        "pos",
-        "position",
-        "positions",
-        "positional",
-        "embed",
-        "embedding",
-        "embeddings",
-        "token",
-        "tokens",
-        "query",
-        "queries",
-        "latent",
-        "latents",
-        "prompt",
-        "prompts",
-        "table",
-        "probe",
-        "register",
-        "registers",
-        "codebook",
-        "class",
-        "cls",
-        "memory",
-    ]
-)
-
-
+_TABLE = frozenset({
+    "ape", "class", "cls", "codebook", "emb", "embed", "embedding", "embeddings", "latent", "latents", "memory", "pad",
+    "pos", "position", "positional", "positions", "probe", "prompt", "prompts", "queries", "query", "register",
+    "registers", "table", "token", "tokens",
+})  # fmt: skip
 _PROJECTION = frozenset({"proj", "projection"})
 
 

@@ -40,7 +40,8 @@ _VALUE = frozenset({"v", "value", "values", "wv"})
 _FUSED = frozenset({"qkv", "wqkv"})
 _KEY_VALUE = frozenset({"kv", "wkv"})
 _DOWN, _UP = frozenset({"a", "down", "compress"}), frozenset({"b", "up"})
-_CONVOLUTION = frozenset({"conv", "sconv", "convolution"})  # of queries or keys, after their projection
+# Convolutions of queries and keys that are there already, tables of relative positions.
+_NO_PROJECTION = frozenset({"conv", "sconv", "convolution", "emb", "embed", "embedding", "embeddings"})
 _GATE = frozenset({"gate", "g", "igate", "fgate", "ogate", "beta", "a", "b", "ba", "f", "i", "z", "dt"})
 _OUTPUT = frozenset({"o", "out", "output", "wo", "dense"})
 _NAMED: dict[str, str] = {
@@ -61,6 +62,11 @@ _NAMED: dict[str, str] = {
     "final": LINEAR,
     "linear": LINEAR,
     "gru_rel_pos_linear": LINEAR,
+    "att_proj": FUSED,
+    # Deformable attention and gating: weights come from one input, with no product of queries and keys.
+    "sampling_offsets": LINEAR,
+    "attention_weights": LINEAR,
+    "attn_layer": LINEAR,
     # One output a position or kernel tap, for all heads: logits that no key stands behind.
     "r_proj": LINEAR,
     "relative_pos_embeddings": LINEAR,
@@ -79,6 +85,7 @@ _FAMILY: dict[tuple[str, str], str] = {
     # No product of queries and keys: RWKV's recurrence is a channel's own, SwiftFormer's attention additive.
     ("RwkvSelfAttention", "key"): LINEAR,
     ("RwkvSelfAttention", "value"): LINEAR,
+    ("MobileViTV2LinearSelfAttention", "qkv_proj"): LINEAR,
     ("SwiftFormerEfficientAdditiveAttention", "to_query"): LINEAR,
     ("SwiftFormerEfficientAdditiveAttention", "to_key"): LINEAR,
 }
@@ -99,7 +106,7 @@ def part_of(kind: str, name: str) -> str | None:
         return special
     said = frozenset(words(name))
     query, key, value = bool(said & _QUERY), bool(said & _KEY), bool(said & _VALUE)
-    if said & _CONVOLUTION and (query or key or value):
+    if said & _NO_PROJECTION and (query or key or value):
         return None
     if said & _FUSED or (query and key and value):
         return FUSED
