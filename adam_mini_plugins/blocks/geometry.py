@@ -301,6 +301,8 @@ def _one(role: str, rows: int, axis: int, count: Number, heads: Heads) -> Slices
 def _query(rows: int, axis: int, heads: Heads, gated: bool) -> Slices:
     """Queries, and where there are more rows than theirs: each head's query, then a gate on its output."""
     count, dim = heads.count, heads.dim
+    if dim is not None and dim.own and not count.own and rows == dim.value:  # a config's number is of other modules
+        count = Number(1, dim.source, own=True)
     more = rows - count.value * dim.value if dim is not None else 0
     if dim is None or more <= 0 or more % count.value or not (gated or more == count.value * dim.value):
         return _one("query", rows, axis, count, heads)
