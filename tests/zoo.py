@@ -218,6 +218,8 @@ CASES: dict[str, Case] = {
             attentions=2 * LAYERS,
             add_cross_attention=True,
         ),
+        _case("gpt_bigcode", "GPTBigCodeForCausalLM", GPT2),
+        _case("gpt_bigcode-multi_head", "GPTBigCodeForCausalLM", GPT2, multi_query=False),
         _case("gpt_neox", "GPTNeoXForCausalLM", {**WORDS, **SIZES}),
         _case(
             "falcon-new",

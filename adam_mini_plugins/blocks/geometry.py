@@ -8,38 +8,60 @@ what was tried; nothing is guessed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from .layout import Grid, Layout
-
-# The part that a child plays inside an attention module. A name counts only there: a module is taken
-# for attention if it holds a query and a key, together or apart, and a number of heads can be found.
-QUERY = frozenset({"q_proj", "query", "q", "wq", "q_lin", "q_attn", "query_proj", "to_q", "linear_q", "q_b_proj"})
-KEY = frozenset({"k_proj", "key", "k", "wk", "k_lin", "key_proj", "to_k", "linear_k"})
-VALUE = frozenset({"v_proj", "value", "v", "wv", "v_lin", "value_proj", "to_v", "linear_v"})
-# Query, key and value in one tensor, as three slices one after another ...
-FUSED = frozenset({"qkv", "qkv_proj", "Wqkv", "c_attn", "to_qkv", "in_proj_weight"})
-# ... or by key/value head, each with its query heads, its key and its value side by side.
-FUSED_BY_HEAD = frozenset({"query_key_value"})
-# Latent attention's up-projection: each head holds its key rows and its value rows.
-KEY_VALUE_BY_HEAD = frozenset({"kv_b_proj"})
-# Matrices of attention that no softmax stands behind: one block an output neuron.
-LATENT = frozenset({"q_a_proj", "kv_a_proj_with_mqa"})
-OUTPUT = frozenset(
-    {"o_proj", "out_proj", "dense", "c_proj", "o", "wo", "out", "out_lin", "to_out", "proj", "linear_out"}
+from .vocabulary import (
+    ALL_IN_ONE,
+    FUSED,
+    FUSED_BY_HEAD,
+    FUSED_IN_TURNS,
+    HEADED,
+    KEY,
+    KEY_VALUE,
+    KEY_VALUE_BY_HEAD,
+    KEYS,
+    LINEAR,
+    ONE_HEAD,
+    QUERIES,
+    QUERY,
+    QUERY_GATE,
+    QUERY_KEY,
+    VALUE,
+    part_of,
 )
-KNOWN = QUERY | KEY | VALUE | FUSED | FUSED_BY_HEAD | KEY_VALUE_BY_HEAD | LATENT | OUTPUT
 
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
-KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
-HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head")
+# What modules and configs call these numbers, the most particular first.
+HEADS = (
+    "num_k_heads", "num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head", "heads", "nhead",
+    "index_n_heads",
+)  # fmt: skip
+KEY_VALUE_HEADS = (
+    "num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads", "n_kv_head", "index_kv_heads"
+)  # fmt: skip
+HEAD_DIM = (
+    "head_k_dim", "qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head",
+    "d_head", "key_dim", "index_head_dim",
+)  # fmt: skip
 
 
 class GeometryError(ValueError):
     """The heads of an attention projection can't be told, or contradict the tensor's shape."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that a module or a config declares, and where."""
+
+    value: int
+    source: str
+    own: bool
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.value}"
 
 
 @dataclass(frozen=True)
@@ -50,41 +72,84 @@ class Heads:
         count: Query heads.
         key_value: Key heads, which are key/value heads under grouped-query attention.
         dim: Rows of one query or key head, ``None`` where only the tensors tell.
-        source: Where the number of query heads was read, for the table and for errors.
-        key_value_source: Where that of key heads was.
     """
 
-    count: int
-    key_value: int
-    dim: int | None
-    source: str
-    key_value_source: str
+    count: Number
+    key_value: Number
+    dim: Number | None
+
+    def __str__(self) -> str:
+        return str(self.count) if self.key_value == self.count else f"{self.count}, {self.key_value}"
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module holds projections to attention queries and keys."""
+    """Whether a module holds projections to attention queries and keys.
+
+    One of the two is enough in a module that is called attention: the keys may be another layer's, or
+    the queries learned.
+    """
     parts = set(projections(module).values())
-    return bool(parts & (FUSED | FUSED_BY_HEAD)) or bool(parts & QUERY and parts & (KEY | KEY_VALUE_BY_HEAD))
+    if parts & ALL_IN_ONE or (parts & QUERIES and parts & KEYS):
+        return True
+    return bool(parts & HEADED) and is_called_attention(module)
+
+
+def is_called_attention(module: nn.Module) -> bool:
+    """Whether the name of a module's class says that it is attention."""
+    title = type(module).__name__.lower()
+    return "attention" in title or "attn" in title
 
 
 def resembles_attention(module: nn.Module) -> bool:
-    """Whether a module is called attention and holds matrices, known by name or not."""
-    title = type(module).__name__.lower()
-    return ("attention" in title or "attn" in title) and bool(projections(module))
+    """Whether a module is called attention and holds a matrix of unknown part, but no query, key or other attention."""
+    if not is_called_attention(module) or is_attention(module) or None not in projections(module).values():
+        return False
+    return not any(is_attention(inner) for inner in module.modules() if inner is not module)
 
 
-def projections(module: nn.Module) -> dict[str, str]:
+def projections(module: nn.Module) -> dict[str, str | None]:
     """The matrices that a module holds, as children or as parameters of its own, and their parts.
 
     Returns:
-        For each name by which a matrix is held, the part that it plays if the module is attention:
-        the name itself, less the suffix of ``nn.MultiheadAttention``'s ``q_proj_weight``.
+        For each name by which a matrix is held, the part that it plays if the module is attention,
+        ``None`` where that is not known.
     """
-    held = [name for name, parameter in module._parameters.items() if getattr(parameter, "ndim", 0) == 2]
+    held = [
+        name
+        for name, p in module._parameters.items()
+        if p is not None and p.ndim in (2, 3) and _has_rows(p) and name not in _LEARNED
+    ]
+    kind = type(module).__name__
     for name, child in module._modules.items():
-        if getattr(_weight_of(child), "ndim", 0) == 2 and not isinstance(child, nn.Embedding):
+        if name.isdigit():  # a list's items are no parts
+            break
+        if _is_matrix(child) or (part_of(kind, name) is not None and _is_wrapped_matrix(child)):
             held.append(name)
-    return {name: name if name in KNOWN else name.removesuffix("_weight") for name in held}
+    # nn.MultiheadAttention's q_proj_weight and in_proj_weight
+    return {name: FUSED if name == "in_proj_weight" else part_of(kind, name) for name in held}
+
+
+def _has_rows(parameter: Any) -> bool:
+    return parameter.numel() != max(parameter.shape)
+
+
+# Bare parameters that are the queries themselves, learned, and not what makes them.
+_LEARNED = ("query", "queries")
+
+
+def _is_matrix(child: Any) -> bool:
+    """Whether a module is a linear map, if only as a convolution of one position with itself."""
+    weight = _weight_of(child)
+    if isinstance(child, nn.modules.conv._ConvNd):
+        return weight is not None and set(weight.shape[2:]) == {1}
+    return getattr(weight, "ndim", 0) == 2 and not isinstance(child, nn.Embedding)
+
+
+def _is_wrapped_matrix(child: Any) -> bool:
+    """Whether a module holds one linear map, and nothing else that has more than vectors."""
+    if child is None or not 0 < len(child._modules) < 4:
+        return False
+    return sum(getattr(_weight_of(inner), "ndim", 0) >= 2 for inner in child._modules.values()) == 1
 
 
 def _weight_of(child: Any) -> Any:
@@ -106,34 +171,44 @@ def read_heads(module: nn.Module, configs: tuple[Any, ...]) -> Heads:
     Raises:
         GeometryError: No number of heads is found.
     """
-    places = (module, *configs)
-    count, source = _first_int(places, HEADS)
+    if type(module).__name__ in ONE_HEAD:
+        one = Number(1, type(module).__name__, own=True)
+        return Heads(one, one, None)
+    count = _number(module, (), (*HEADS, "groups")) or _number(module, configs, HEADS) or _counted(module)
     if count is None:
         titles = " nor ".join(type(place).__name__ for place in configs) or "a config"
         raise GeometryError(
             f"no number of heads was found: neither {type(module).__name__} nor {titles} has one of {', '.join(HEADS)}"
         )
-    key_value, key_value_source = _first_int((module,), KEY_VALUE_HEADS)
-    if key_value is None:
-        groups, key_value_source = _first_int((module,), ("num_key_value_groups",))
-        if groups is not None:
-            key_value = count // groups
-        else:
-            key_value, key_value_source = _first_int(configs, KEY_VALUE_HEADS)
-    if key_value is None:
-        key_value, key_value_source = count, source
-    dim, _ = _first_int(places, HEAD_DIM)
-    return Heads(count, key_value, dim, source, key_value_source)
+    groups = _number(module, (), ("num_key_value_groups",))
+    key_value = _number(module, (), KEY_VALUE_HEADS)
+    if key_value is None and groups is not None:
+        key_value = Number(max(count.value // groups.value, 1), groups.source, own=True)
+    if key_value is None and hasattr(module, "num_k_heads"):
+        key_value = count
+    key_value = key_value or _number(module, configs, KEY_VALUE_HEADS) or count
+    return Heads(count, key_value, _number(module, configs, HEAD_DIM))
 
 
-def _first_int(places: tuple[Any, ...], names: tuple[str, ...]) -> tuple[int | None, str]:
-    """The first positive whole number among some attributes of some objects, and where it was."""
-    for place in places:
+def _counted(module: nn.Module) -> Number | None:
+    """The number of heads in a module that declares only their size, by the rows of its queries."""
+    dim = _number(module, (), HEAD_DIM)
+    query = next((child for name, child in module._modules.items() if part_of("", name) == QUERY), None)
+    rows = getattr(_weight_of(query), "shape", (0,))[0]
+    return Number(rows // dim.value, dim.source, own=True) if dim is not None and rows >= dim.value else None
+
+
+def _number(module: nn.Module, configs: tuple[Any, ...], names: tuple[str, ...]) -> Number | None:
+    """The first positive whole number among some attributes of a module and its configs."""
+    for place in (module, *configs):
         for name in names:
-            number = getattr(place, name, None)
+            try:
+                number = getattr(place, name, None)
+            except Exception:  # a config whose layers differ refuses to name one number for all of them
+                continue
             if isinstance(number, int) and not isinstance(number, bool) and number > 0:
-                return number, f"{type(place).__name__}.{name}"
-    return None, ""
+                return Number(number, f"{type(place).__name__}.{name}", own=place is module)
+    return None
 
 
 @dataclass(frozen=True)
@@ -163,25 +238,31 @@ def cut(module: nn.Module, name: str, rows: int, axis: int, heads: Heads, value:
         GeometryError: The heads do not divide the rows, or the name is not known.
     """
     part = projections(module)[name]
-    if part in LATENT | OUTPUT:
-        return None
-    if part in VALUE:
-        grid = _value(rows, value)
-        return Slices("value", Layout((axis,), (grid,)), "a block a row" if value == "neuron" else "value='whole'")
-    if part in QUERY or part in KEY:
-        is_query = part in QUERY
-        count, source = (heads.count, heads.source) if is_query else (heads.key_value, heads.key_value_source)
-        dim = _divide(rows, count, heads)
-        role = "query" if is_query else "key"
-        return Slices(role, Layout.groups(count, dim, (axis,)), f"{count} heads of {dim} rows: {source}")
-    if part in FUSED_BY_HEAD:
-        return _fused_by_head(rows, axis, heads, value)
-    if part in KEY_VALUE_BY_HEAD:
+    if part == LINEAR or (part is None and rows <= heads.count.value):
+        return None  # nothing smaller than a row could be a head's
+    if part == VALUE:
+        why = "a block a row" if value == "neuron" else "value='whole'"
+        return Slices("value", Layout((axis,), (_value(rows, value),)), why)
+    if (ratio := getattr(module, "channel_shrink_ratio", None)) and name.startswith("layout_") and heads.dim:
+        heads = replace(heads, dim=replace(heads.dim, value=heads.dim.value // ratio))  # LiLT's second stream
+    if part in (QUERY, QUERY_GATE):
+        return _query(rows, axis, heads, gated=part == QUERY_GATE)
+    if part == KEY:
+        return _one("key", rows, axis, _key_heads(rows, heads), heads)
+    if part == QUERY_KEY:
+        return _query_key(rows, axis, heads)
+    if part == KEY_VALUE:
+        return _key_value(rows, axis, heads, value)
+    if part == KEY_VALUE_BY_HEAD:
         return _latent_key_value(module, rows, axis, heads, value)
-    if part in FUSED:
-        if QUERY.intersection(projections(module).values()):  # cross-attention: the query stands apart
-            return _fused(rows, axis, 0, heads, value)
-        return _fused(rows, axis, heads.count, heads, value)
+    if part == FUSED_BY_HEAD or (part == FUSED and getattr(module, "multi_query", None) is False):
+        return _fused_by_head(module, rows, axis, heads, value)
+    if part == FUSED_IN_TURNS:
+        return _fused_in_turns(rows, axis, heads, value)
+    if part == FUSED:
+        if QUERIES.intersection(projections(module).values()):  # cross-attention: the query stands apart
+            return _key_value(rows, axis, heads, value)
+        return _fused(module, rows, axis, heads, value)
     raise GeometryError(f"{type(module).__name__} holds a matrix {name!r} whose part in attention is not known")
 
 
@@ -193,48 +274,126 @@ def _value(rows: int, value: str, *outer: int) -> Grid:
 def _divide(rows: int, count: int, heads: Heads) -> int:
     """Rows of one head among ``count`` that share ``rows``."""
     dim, rest = divmod(rows, count)
-    if rest or (heads.dim is not None and dim != heads.dim):
-        declared = "" if heads.dim is None else f" of {heads.dim} rows"
-        raise GeometryError(f"{rows} rows are not {count} heads{declared} ({_sources(heads)})")
+    if rest or (heads.dim is not None and dim != heads.dim.value):
+        declared = "" if heads.dim is None else f" of {heads.dim.value} rows"
+        raise GeometryError(f"{rows} rows are not {count} heads{declared} ({heads})")
     return dim
 
 
-def _sources(heads: Heads) -> str:
-    text = f"{heads.source}: {heads.count}"
-    if heads.key_value_source != heads.source:
-        text += f", {heads.key_value_source}"
-    return text
+def _key_heads(rows: int, heads: Heads) -> Number:
+    """The key heads among ``rows``: as the module declares, or else as the size of a head says.
+
+    A config's number may be another tower's, or not hold for keys that all heads share.
+    """
+    if not heads.key_value.own and heads.dim is not None and rows % heads.dim.value == 0:
+        count = rows // heads.dim.value
+        if count and heads.count.value % count == 0:
+            return Number(count, heads.dim.source, own=True)
+    return heads.key_value
 
 
-def _fused(rows: int, axis: int, queries: int, heads: Heads, value: str) -> Slices:
-    """Query, key and value (no query in cross-attention), one slice after another."""
-    keys = heads.key_value
-    dim = _divide(rows, queries + 2 * keys, heads)
-    key = Grid((keys, dim), (False, True))
-    query = (Grid((queries, dim), (False, True)),) if queries else ()
-    layout = Layout((axis,), (*query, key, _value(keys * dim, value)))
-    names = f"{queries} query, {keys} key heads" if queries else f"{keys} key heads"
-    return Slices("fused", layout, f"{names} of {dim} rows, {keys * dim} value rows: {heads.source}")
+def _one(role: str, rows: int, axis: int, count: Number, heads: Heads) -> Slices:
+    dim = _divide(rows, count.value, heads)
+    why = f"{count.value} heads of {dim} rows: {count.source}"
+    return Slices(role, Layout.groups(count.value, dim, (axis,)), why)
 
 
-def _fused_by_head(rows: int, axis: int, heads: Heads, value: str) -> Slices:
-    """For each key/value head: its query heads, its key, its value."""
-    keys = heads.key_value
-    dim = _divide(rows, heads.count + 2 * keys, heads)
-    query = Grid((keys, heads.count // keys, dim), (False, False, True))
-    key = Grid((keys, dim), (False, True))
-    layout = Layout((axis,), (query, key, _value(dim, value, keys)), interleave=1)
-    why = f"{heads.count} query, {keys} key heads of {dim} rows, value rows between: {heads.source}"
-    return Slices("fused", layout, why)
+def _query(rows: int, axis: int, heads: Heads, gated: bool) -> Slices:
+    """Queries, and where there are more rows than theirs: each head's query, then a gate on its output."""
+    count, dim = heads.count, heads.dim
+    if dim is not None and dim.own and not count.own and rows == dim.value:  # a config's number is of other modules
+        count = Number(1, dim.source, own=True)
+    more = rows - count.value * dim.value if dim is not None else 0
+    if dim is None or more <= 0 or more % count.value or not (gated or more == count.value * dim.value):
+        return _one("query", rows, axis, count, heads)
+    gate = more // count.value
+    grids = (Grid((count.value, dim.value), (False, True)), Grid((count.value, gate), (False, False)))
+    why = f"{count.value} heads of {dim.value} query and {gate} gate rows: {count.source}"
+    return Slices("fused", Layout((axis,), grids, interleave=1), why)
+
+
+def _query_key(rows: int, axis: int, heads: Heads) -> Slices:
+    """Queries, then keys."""
+    queries, keys = heads.count.value, heads.key_value.value
+    dim = _divide(rows, queries + keys, heads)
+    grids = tuple(Grid((count, dim), (False, True)) for count in (queries, keys))
+    return Slices("fused", Layout((axis,), grids), f"{queries} query, {keys} key heads of {dim} rows: {heads}")
+
+
+def _key_value(rows: int, axis: int, heads: Heads, value: str) -> Slices:
+    """Keys, then values; or keys that are the values as well."""
+    count = heads.key_value
+    if heads.dim is not None and rows == count.value * heads.dim.value:
+        return _one("key", rows, axis, count, heads)
+    dim = _divide(rows, 2 * count.value, heads)
+    keys = Grid((count.value, dim), (False, True))
+    why = f"{count.value} key heads of {dim} rows, {count.value * dim} value rows: {count.source}"
+    return Slices("fused", Layout((axis,), (keys, _value(count.value * dim, value))), why)
+
+
+def _fused(module: nn.Module, rows: int, axis: int, heads: Heads, value: str) -> Slices:
+    """Query, key and value, one slice after another."""
+    queries, keys, dim, values = _shares(module, rows, heads)
+    grids = (Grid((queries, dim), (False, True)), Grid((keys, dim), (False, True)), _value(values, value))
+    why = f"{queries} query, {keys} key heads of {dim} rows, {values} value rows: {heads.count.source}"
+    return Slices("fused", Layout((axis,), grids), why)
+
+
+def _fused_by_head(module: nn.Module, rows: int, axis: int, heads: Heads, value: str) -> Slices:
+    """For each key/value head: its query heads, its key, its value, and a gate where there are rows left."""
+    queries, keys, dim, values = _shares(module, rows, heads)
+    gates = rows - (queries + keys) * dim - values
+    grids = [
+        Grid((keys, queries // keys, dim), (False, False, True)),
+        Grid((keys, dim), (False, True)),
+        _value(values // keys, value, keys),
+    ]
+    if gates:
+        grids.append(_value(gates // keys, "neuron", keys))
+    why = f"{queries} query, {keys} key heads of {dim} rows, {values} value rows between: {heads.count.source}"
+    return Slices("fused", Layout((axis,), tuple(grids), interleave=1), why)
+
+
+def _fused_in_turns(rows: int, axis: int, heads: Heads, value: str) -> Slices:
+    """In each of four turns: queries, values, keys of a quarter of the heads (CodeGen)."""
+    count = heads.count.value
+    dim = _divide(rows, 3 * count, heads)
+    head = Grid((4, count // 4, dim), (False, False, True))
+    layout = Layout((axis,), (head, _value(count // 4 * dim, value, 4), head), interleave=1)
+    return Slices("fused", layout, f"{count} heads of {dim} query, value and key rows in 4 turns: {heads.count.source}")
+
+
+def _shares(module: nn.Module, rows: int, heads: Heads) -> tuple[int, int, int, int]:
+    """Query heads, key heads, rows of each, and value rows in all, of a tensor that holds all three.
+
+    The values' share is what the module declares of them, or else what is left if a head's size is
+    known, or else as much as the keys'.
+    """
+    queries, keys, dim = heads.count.value, heads.key_value.value, heads.dim
+    if not heads.key_value.own and dim is not None and rows == 3 * queries * dim.value:
+        keys = queries
+    declared = [getattr(module, name, None) for name in ("num_v_heads", "head_v_dim")]
+    if dim is not None and isinstance(declared[0], int) and isinstance(declared[1], int):
+        values = declared[0] * declared[1]
+        if rows - (queries + keys) * dim.value - values in (0, values):
+            return queries, keys, dim.value, values
+    ratio = getattr(module, "attention_ratio", None)
+    if dim is not None and isinstance(ratio, int) and rows == (queries + keys + ratio * keys) * dim.value:
+        return queries, keys, dim.value, ratio * keys * dim.value
+    size = _divide(rows, queries + 2 * keys, heads)
+    return queries, keys, size, keys * size
 
 
 def _latent_key_value(module: nn.Module, rows: int, axis: int, heads: Heads, value: str) -> Slices:
     """For each head: the part of its key that carries no position, its value (DeepSeek-V2, 2.1)."""
     key_dim, value_dim = (getattr(module, name, None) for name in ("qk_nope_head_dim", "v_head_dim"))
-    if key_dim is None or value_dim is None or rows != heads.count * (key_dim + value_dim):
+    count = heads.count.value
+    if key_dim is None and heads.dim is not None and isinstance(ratio := getattr(module, "attention_ratio", None), int):
+        key_dim, value_dim = heads.dim.value, ratio * heads.dim.value
+    if key_dim is None or value_dim is None or rows != count * (key_dim + value_dim):
         raise GeometryError(
-            f"{rows} rows are not {heads.count} heads of qk_nope_head_dim={key_dim} and v_head_dim={value_dim} rows"
+            f"{rows} rows are not {count} heads of qk_nope_head_dim={key_dim} and v_head_dim={value_dim} rows"
         )
-    grids = (Grid((heads.count, key_dim), (False, True)), _value(value_dim, value, heads.count))
-    why = f"{heads.count} heads of {key_dim} key and {value_dim} value rows: {heads.source}"
+    grids = (Grid((count, key_dim), (False, True)), _value(value_dim, value, count))
+    why = f"{count} heads of {key_dim} key and {value_dim} value rows: {heads.count.source}"
     return Slices("fused", Layout((axis,), grids, interleave=1), why)

@@ -14,8 +14,19 @@ import torch
 from torch import nn
 
 from .adapters import adapter
-from .geometry import GeometryError, Heads, Slices, cut, is_attention, projections, read_heads, resembles_attention
-from .layout import Layout
+from .geometry import (
+    GeometryError,
+    Heads,
+    Slices,
+    cut,
+    is_attention,
+    is_called_attention,
+    projections,
+    read_heads,
+    resembles_attention,
+)
+from .layout import Grid, Layout
+from .vocabulary import words
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,17 @@ class Site:
         return Site(self.name, torch.Size(shape), path, self.facts)
 
     @property
+    def configs(self) -> tuple[Any, ...]:
+        """The configs that apply to it, nearest first."""
+        return tuple(module.config for _, module in self.path if hasattr(module, "config"))
+
+    @property
+    def widths(self) -> set[int]:
+        """What its nearest config says of the model's width."""
+        named = (getattr(config, name, None) for config in self.configs[:1] for name in ("hidden_size", "d_model"))
+        return {width for width in named if isinstance(width, int)}
+
+    @property
     def ndim(self) -> int:
         """The number of its axes."""
         return len(self.shape)
@@ -78,7 +100,7 @@ Rule = Callable[[Site], Slices | None]
 
 def has_attention(model: nn.Module) -> bool:
     """Whether any module of the model is attention, which ``scheme="auto"`` asks."""
-    return any(is_attention(module) or resembles_attention(module) for module in model.modules())
+    return any(is_attention(m) or (is_called_attention(m) and projections(m)) for m in model.modules())
 
 
 def output_axis(module: nn.Module) -> int:
@@ -112,7 +134,8 @@ def bias(site: Site) -> Slices | None:
 
 
 def _is_bias(site: Site) -> bool:
-    return site.attribute == "bias" or site.attribute.endswith("_bias")
+    said = words(site.attribute)
+    return bool(said) and (bool({"bias", "biases"} & {said[0], said[-1]}))
 
 
 def embedding(site: Site) -> Slices | None:
@@ -126,16 +149,20 @@ def vector(site: Site) -> Slices | None:
     """Norm weights, class tokens, other vectors and scalars: one block."""
     if site.ndim == 0:
         return Slices("vector", Layout.elements(()), "a scalar")
+    if site.ndim == 2 and words(site.attribute)[-1:] == ["scale"]:
+        return Slices("vector", Layout.whole(site.shape.numel(), (0, 1)), f"a vector of {type(site.module).__name__}")
     longest = max(site.shape)
-    if (site.ndim > 1 and site.shape.numel() != longest) or isinstance(site.module, (nn.Linear, nn.Embedding)):
+    row_of_a_matrix = site.attribute == "weight" and isinstance(site.module, (nn.Linear, nn.Embedding))
+    if (site.ndim > 1 and site.shape.numel() != longest) or row_of_a_matrix:
         return None
     axis = site.shape.index(longest)
     return Slices("vector", Layout.whole(site.shape[axis], (axis,)), f"a vector of {type(site.module).__name__}")
 
 
 def convolution(site: Site) -> Slices | None:
-    """Patch and feature convolutions: one block for the tensor."""
-    if not isinstance(site.module, nn.modules.conv._ConvNd):
+    """Patch, feature and short convolutions, torch's or a module's own: one block for the tensor."""
+    own = "conv" in type(site.module).__name__.lower() and site.attribute != "weight"
+    if not isinstance(site.module, nn.modules.conv._ConvNd) and not own:
         return None
     return Slices("conv", Layout.whole(site.shape[0]), f"one block a {type(site.module).__name__}")
 
@@ -149,35 +176,103 @@ def attention(site: Site) -> Slices | None:
     Raises:
         GeometryError: The module is attention, but how its rows fall into heads can't be told.
     """
-    if site.ndim != 2:
+    if site.ndim < 2:
         return None
     for level, (part, module) in enumerate(site.path):
         if is_attention(module) and part in projections(module):
-            axis = output_axis(site.module)
             configs = tuple(m.config for _, m in site.path[level:] if hasattr(m, "config"))
-            return cut(module, part, site.shape[axis], axis, site.facts.heads(module, configs), site.facts.value)
+            heads = site.facts.heads(module, configs)
+            if site.ndim > 2 and level == 0:
+                return _headed(site, part, module, heads)
+            axis = output_axis(site.module)
+            return cut(module, part, site.shape[axis], axis, heads, site.facts.value)
         if level < 2 and resembles_attention(module):
             raise GeometryError(f"{type(module).__name__} is called attention, but no query and key are known in it")
     return None
 
 
+def _headed(site: Site, part: str, module: nn.Module, heads: Heads) -> Slices | None:
+    """A projection that is kept with an axis of heads and one of a head's rows: ``(width, heads, dim)``."""
+    if site.ndim != 3 or site.shape[1] not in (heads.count.value, heads.key_value.value):
+        return None
+    slices = cut(module, part, site.shape[1] * site.shape[2], 0, heads, site.facts.value)
+    if slices is None:  # the output projection sums over heads
+        return Slices("linear", Layout.each_row(site.shape[0]), "a block an output neuron")
+    return Slices(slices.role, Layout((1, 2), slices.layout.grids), slices.why)
+
+
+# Modules whose stacks are square, or don't follow one another, so that only their code tells.
+_TRANSPOSED = {"RecurrentGemmaRglru": True, "ZambaMambaMixer": False, "CsmCodebooksHead": True}
+
+
 def experts(site: Site) -> Slices | None:
     """Stacks of expert matrices: one block an output neuron of each expert, never a mean over experts.
+
+    Which of the last two axes is the output is declared by the module, or follows from the shapes: what
+    one stack puts out, the next one takes in.
 
     Raises:
         GeometryError: Which of the last two axes is the output can't be told.
     """
-    count = getattr(site.module, "num_experts", None)
-    if site.ndim != 3 or count != site.shape[0]:
+    if type(site.module).__name__ == "DbrxExpertGLU" and site.attribute == "w2":
+        return _flat_experts(site)
+    if site.ndim != 3 or isinstance(site.module, nn.modules.conv._ConvNd):
         return None
-    transposed = getattr(site.module, "is_transposed", None)
+    count = site.shape[0]
+    stacks = [p.shape for p in site.module._parameters.values() if p is not None and p.ndim == 3]
+    family = _TRANSPOSED.get(type(site.module).__name__)
+    if count != getattr(site.module, "num_experts", None) and len(stacks) < 2 and family is None:
+        return None
+    transposed = getattr(site.module, "is_transposed", family)
     if transposed is None:
-        raise GeometryError(
-            f"{type(site.module).__name__} has no is_transposed to say which of the last two axes is the output"
-        )
+        transposed = _is_transposed(site, stacks)
     axes = (0, 2) if transposed else (0, 1)
-    rows = site.shape[0] * site.shape[axes[1]]
+    rows = count * site.shape[axes[1]]
+    if len(site.path) > 1 and (site.path[1][0], type(site.path[1][1]).__name__) == ("input_linear", "JetMoeMoA"):
+        return _expert_queries(site, count)
     return Slices("expert", Layout.each_row(rows, axes), f"a block an output neuron of each of {count} experts")
+
+
+def _flat_experts(site: Site) -> Slices:
+    """Experts below one another as ``(experts * in, out)`` (DBRX): a block an output neuron of each."""
+    module: Any = site.module
+    grid = Grid((module.moe_num_experts, module.ffn_hidden_size, site.shape[1]), (False, True, False))
+    return Slices("expert", Layout((0, 1), (grid,)), f"a block a column of each of {grid.sizes[0]} experts")
+
+
+def _expert_queries(site: Site, count: int) -> Slices:
+    """Experts that make queries: a block a head of each (JetMoE, whose experts have a query for each key head)."""
+    heads = site.configs[0].num_key_value_heads
+    grid = Grid((count, heads, site.shape[1] // heads), (False, False, True))
+    return Slices("query", Layout((0, 1), (grid,)), f"{heads} heads of each of {count} experts")
+
+
+def _is_transposed(site: Site, stacks: list[torch.Size]) -> bool:
+    """Whether a module's stacks are ``(experts, in, out)``, by the only way in which they fit together."""
+    if len(stacks) == 1:
+        sizes = [getattr(site.module, name, None) for name in ("input_size", "output_size")]
+        fits = {False: sizes == [stacks[0][2], stacks[0][1]], True: sizes == [stacks[0][1], stacks[0][2]]}
+        if site.attribute == "weight" and fits[False]:  # as torch's own; a square one too
+            return False
+    else:
+        (_, *first), (_, *last) = stacks[0], stacks[-1]
+        fits = {
+            False: first[1] == last[0] and first[0] in (last[1], 2 * last[1]),
+            True: first[0] == last[1] and first[1] in (last[0], 2 * last[0]),
+        }
+        if fits[True] and fits[False]:  # the way in has the model's width
+            fits = {False: first[1] in site.widths, True: first[0] in site.widths}
+    if fits[True] == fits[False]:
+        shapes = ", ".join(str(tuple(shape)) for shape in stacks)
+        raise GeometryError(
+            f"{type(site.module).__name__} has no is_transposed to say which of the last two axes is the output, "
+            f"and its shapes don't tell: {shapes}"
+        )
+    return fits[True]
+
+
+# Bare matrices that are multiplied as nn.Linear's weight is.
+_LINEAR = frozenset({"fn", "gate", "w1", "v1"})
 
 
 def linear(site: Site) -> Slices | None:
@@ -189,10 +284,16 @@ def linear(site: Site) -> Slices | None:
     layout = Layout.each_row(site.shape[axis], (axis,))
     if site.module is site.facts.output_embeddings or _maps_to_labels(site):
         return Slices("output", layout, f"a block a row of {kind}")
-    known = isinstance(site.module, (nn.Linear, nn.RNNBase)) or axis == 1
-    if not known and site.attribute != "weight":
-        return None
-    return Slices("linear", layout, f"a block an output neuron of {kind}")
+    if (
+        isinstance(site.module, (nn.Linear, nn.RNNBase))
+        or axis == 1
+        or site.attribute == "weight"
+        or _LINEAR & {site.attribute, *words(site.attribute)}
+    ):
+        return Slices("linear", layout, f"a block an output neuron of {kind}")
+    if _PROJECTION & set(words(site.attribute)):  # CLIP's convention, x @ projection
+        return Slices("linear", Layout.each_row(site.shape[1], (1,)), f"a block a column of {site.attribute}")
+    return None
 
 
 def _maps_to_labels(site: Site) -> bool:
@@ -202,11 +303,59 @@ def _maps_to_labels(site: Site) -> bool:
     return outside and site.shape[output_axis(site.module)] == site.facts.num_labels
 
 
+# What bare tables of vectors are called, one vector a row.
+_TABLE = frozenset({
+    "ape", "class", "cls", "codebook", "emb", "embed", "embedding", "embeddings", "latent", "latents", "memory", "pad",
+    "pos", "position", "positional", "positions", "probe", "prompt", "prompts", "queries", "query", "register",
+    "registers", "table", "token", "tokens",
+})  # fmt: skip
+_PROJECTION = frozenset({"proj", "projection"})
+
+
 def table(site: Site) -> Slices | None:
-    """A table of vectors kept as a bare parameter, ``(1, positions, width)``: one block a vector."""
-    if site.ndim != 3 or site.shape[0] != 1 or isinstance(site.module, nn.modules.conv._ConvNd):
+    """Vectors kept as a bare parameter, of positions, classes, latents or learned queries: one block a vector.
+
+    They are an embedding that is not looked up by ``nn.Embedding``: ``(positions, width)``,
+    ``(1, positions, width)``, ``(1, height, width, channels)``.
+    """
+    called = set(words(" ".join(held for held, _ in site.path[:3]) if _is_list(site.module) else site.attribute))
+    if site.ndim < 2 or site.attribute == "weight" or not called & _TABLE or called & _PROJECTION:
         return None
-    return Slices("embedding", Layout.each_row(site.shape[1], (1,)), f"a block a vector of {site.attribute}")
+    if is_attention(site.module) and projections(site.module).get(site.attribute) is not None:
+        return None
+    axes = tuple(range(site.ndim - 1))
+    rows = site.shape[:-1].numel()
+    return Slices("embedding", Layout.each_row(rows, axes), f"a block a vector of {site.attribute}")
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ParameterList | nn.ParameterDict)
+
+
+def recurrence(site: Site) -> Slices | None:
+    """The rates of a state-space layer, ``(channels, states)``: one block a channel.
+
+    A channel's recurrence is diagonal and its own, so that nothing couples it densely with another's;
+    it is to its states what an output neuron is to its inputs. Rates of a head, ``(heads,)``, are a
+    vector, and so is the skip ``D``. The matrices in and out of such a layer are linear maps, by output
+    neuron: the state is not a product of queries and keys behind a softmax, and the finer blocks can't
+    merge what is of different curvature.
+    """
+    if site.attribute == "D" and site.ndim == 2:
+        return Slices("vector", Layout.whole(site.shape.numel(), (0, 1)), f"a vector of {type(site.module).__name__}")
+    if site.attribute != "A_log" or site.ndim < 2:
+        return None
+    axes = tuple(range(site.ndim - 1))
+    return Slices("linear", Layout.each_row(site.shape[:-1].numel(), axes), "a block a channel of the recurrence")
+
+
+def parametrized(site: Site) -> Slices | None:
+    """What stands behind a weight that torch computes, as in weight normalisation: the rule of that weight."""
+    if not isinstance(site.module, nn.utils.parametrize.ParametrizationList):
+        return None
+    attribute, module = site.path[1][0], site.path[2][1]
+    behind = site.at(attribute, tuple(site.shape), module, 2)
+    return vector(behind) or first_match(behind, HESSIAN_RULES)
 
 
 TENSOR_RULES: tuple[Rule, ...] = (tensor,)
@@ -217,7 +366,9 @@ def adapters(site: Site) -> Slices | None:
     return adapter(site, lambda base: first_match(base, HESSIAN_RULES))
 
 
-HESSIAN_RULES: tuple[Rule, ...] = (bias, vector, adapters, embedding, convolution, attention, experts, linear, table)
+HESSIAN_RULES: tuple[Rule, ...] = (
+    bias, vector, adapters, parametrized, embedding, table, recurrence, attention, convolution, experts, linear
+)  # fmt: skip
 
 
 def first_match(site: Site, rules: Iterable[Rule]) -> Slices:
