@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .partition import Partition, TensorBlocks
+    from .partition import Partition
 
 HEADS = ("name", "shape", "role", "blocks", "why")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -22,35 +22,25 @@ def render(partition: Partition) -> str:
         f"{partition.num_blocks():,} blocks"
     )
     lines = [title, *_columns([HEADS, *rows(partition)], right=3)]
-    left_out: dict[tuple[str, str], list[str]] = {}
-    for name, reason in partition.left_out.items():
-        left_out.setdefault((_NUMBER.sub("*", name), reason), []).append(name)
-    lines += [f"left out while frozen: {_shared_name(alike)}: {reason}" for (_, reason), alike in left_out.items()]
+    lines += [f"left out while frozen: {name}: {reason}" for name, reason in fold(partition.left_out.items())]
     return "\n".join(lines)
 
 
-def rows(partition: Partition) -> list[tuple[str, str, str, str, str]]:
+def rows(partition: Partition) -> list[tuple[str, ...]]:
     """The cells under :data:`HEADS`, a row a kind of tensor: layers that are alike share it."""
-    return [
-        (
-            _shared_name([t.name for t in alike]),
-            "x".join(map(str, first.shape)) or "scalar",
-            first.role,
-            f"{first.num_blocks:,}",
-            first.why,
-        )
-        for alike in _group(partition.values())
-        for first in alike[:1]
-    ]
+    cells = (
+        (t.name, "x".join(map(str, t.shape)) or "scalar", t.role, f"{t.num_blocks:,}", t.why, str(t.layout))
+        for t in partition.values()
+    )
+    return [row[: len(HEADS)] for row in fold(cells)]
 
 
-def _group(tensors: Iterable[TensorBlocks]) -> list[list[TensorBlocks]]:
-    """Tensors that differ in nothing but a layer's number, in the order of the first of each."""
-    groups: dict[tuple, list[TensorBlocks]] = {}
-    for tensor in tensors:
-        key = (_NUMBER.sub("*", tensor.name), tensor.shape, tensor.role, str(tensor.layout), tensor.why)
-        groups.setdefault(key, []).append(tensor)
-    return list(groups.values())
+def fold(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """One row for those that differ in nothing but the numbers in their names, which come first, in order."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, *cells in rows:
+        names.setdefault((_NUMBER.sub("*", name), *cells), []).append(name)
+    return [(_shared_name(alike), *cells) for (_, *cells), alike in names.items()]
 
 
 def _shared_name(names: Sequence[str]) -> str:
