@@ -271,8 +271,19 @@ def _is_transposed(site: Site, stacks: list[torch.Size]) -> bool:
     return fits[True]
 
 
-# Bare matrices that are multiplied as nn.Linear's weight is.
-_LINEAR = frozenset({"fn", "gate", "w1", "v1"})
+# The output axis of bare matrices, which no module says: by exact name, and of some by class as well.
+_BARE: dict[str, int] = {
+    "fn": 0,
+    "hc_fn": 0,
+    "index_kpool_compress_gate": 0,
+    "DbrxExpertGLU.w1": 0,
+    "DbrxExpertGLU.v1": 0,
+    "InklingRelativeLogits.proj": 1,
+    "Inkling2RelativeLogits.proj": 1,
+    "mm_input_projection_weight": 1,
+    "prompts_visual_projection": 1,
+    "text_projection": 1,
+}
 
 
 def linear(site: Site) -> Slices | None:
@@ -284,16 +295,12 @@ def linear(site: Site) -> Slices | None:
     layout = Layout.each_row(site.shape[axis], (axis,))
     if site.module is site.facts.output_embeddings or _maps_to_labels(site):
         return Slices("output", layout, f"a block a row of {kind}")
-    if (
-        isinstance(site.module, (nn.Linear, nn.RNNBase))
-        or axis == 1
-        or site.attribute == "weight"
-        or _LINEAR & {site.attribute, *words(site.attribute)}
-    ):
+    if isinstance(site.module, (nn.Linear, nn.RNNBase)) or axis == 1 or site.attribute == "weight":
         return Slices("linear", layout, f"a block an output neuron of {kind}")
-    if _PROJECTION & set(words(site.attribute)):  # CLIP's convention, x @ projection
-        return Slices("linear", Layout.each_row(site.shape[1], (1,)), f"a block a column of {site.attribute}")
-    return None
+    bare = _BARE.get(site.attribute, _BARE.get(f"{kind}.{site.attribute}"))
+    if bare is None:
+        return None
+    return Slices("linear", Layout.each_row(site.shape[bare], (bare,)), f"a block an output neuron of {site.attribute}")
 
 
 def _maps_to_labels(site: Site) -> bool:
