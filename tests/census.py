@@ -22,12 +22,12 @@ import torch
 import transformers
 from census_data import ALONE, LINEAR_ATTENTION, UNJUDGED, UNOBSERVED
 from oracle import Observed, observe
-from tiny import CannotRunError, build, feed
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from adam_mini_plugins import Partition, PartitionError, partition
+from adam_mini_plugins.cli.tiny import CannotRunError, build, feed
 
 RESULTS = Path(__file__).with_name("census.json")
 # What an architecture is mostly trained as comes first.

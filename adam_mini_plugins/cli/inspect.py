@@ -1,4 +1,7 @@
-"""``adam-mini inspect``: the blocks of a model as a table, as JSON, or as a picture of one layer."""
+"""``adam-mini inspect``: the blocks of a model as a table, as JSON, or as a picture of one layer.
+
+With ``--verify`` and ``--hessian`` a tiny instance of the architecture is built and asked.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import argparse
 from typing import Any
 
 from ..blocks import Partition
-from ..blocks.table import HEADS, rows
+from ..blocks.table import HEADS, fold, rows
 from . import sources
 from .picture import COLOURS, draw, layer_of
 from .support import console, need, print_json, save_figure
@@ -26,11 +29,60 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--layer", metavar="NAME", help="the layer to draw, as model.layers.0 (default: the first of the commonest)"
     )
+    tiny = parser.add_mutually_exclusive_group()
+    tiny.add_argument(
+        "--verify",
+        action="store_true",
+        help="build a tiny instance of this architecture and see whether the blocks of every query and key are what "
+        "its attention does; status 1 if one is not",
+    )
+    tiny.add_argument(
+        "--hessian",
+        action="store_true",
+        help="take the exact Hessian of a tiny instance and show how much of it lies inside heads and neurons",
+    )
     parser.set_defaults(execute=execute)
 
 
 def execute(arguments: argparse.Namespace) -> None:
     """Runs the command."""
+    if arguments.verify:
+        _verify(arguments)
+    elif arguments.hessian:
+        _hessian(arguments)
+    else:
+        _inspect(arguments)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from . import verify
+
+    model, batch = sources.tiny(arguments.source)
+    verdicts = verify.verify(model, batch)
+    if arguments.json:
+        print_json({"model": sources.describe(arguments.source, model), "verdicts": verify.record(verdicts)})
+    else:
+        headline = sources.headline(sources.describe(f"a tiny instance of {arguments.source}", model))
+        console().print(headline, *verify.table(verdicts), sep="\n")
+    if not verify.all_right(verdicts):
+        raise SystemExit(1)
+
+
+def _hessian(arguments: argparse.Namespace) -> None:
+    from . import curvature
+
+    model, batch = sources.tiny(arguments.source)
+    report = curvature.measure(model, batch)
+    if arguments.plot:
+        save_figure(curvature.draw(f"The Hessian of a tiny {type(model).__name__}", report), arguments.plot)
+    if arguments.json:
+        print_json({"model": sources.describe(arguments.source, model), "tensors": curvature.record(report)})
+    else:
+        headline = sources.headline(sources.describe(f"a tiny instance of {arguments.source}", model))
+        console().print(headline, *curvature.table(report), sep="\n")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
     model, blocks = sources.load(arguments)
     about = sources.describe(arguments.source, model)
     if arguments.plot:
@@ -73,5 +125,5 @@ def table(headline: str, blocks: Partition) -> list[Any]:
     for name, shape, role, number, why in rows(blocks):
         shown.add_row(text.Text(name), shape, text.Text(role, COLOURS[role]), number, text.Text(why, "dim"))
     counts = f"{blocks.scheme} partition: {len(blocks):,} tensors, {blocks.num_blocks():,} blocks"
-    left_out = [text.Text(f"left out while frozen: {name}: {why}") for name, why in blocks.left_out.items()]
+    left_out = [text.Text(f"left out while frozen: {name}: {why}") for name, why in fold(blocks.left_out.items())]
     return [headline, counts, shown, *left_out]

@@ -106,6 +106,31 @@ def build(source: str) -> nn.Module:
     return model
 
 
+def tiny(source: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Builds a tiny instance of a model's architecture, with weights, and a batch that it takes.
+
+    Raises:
+        CommandError: The source is no model of transformers, or there is no tiny instance of it that runs.
+    """
+    model = build(source)
+    if not isinstance(model, need("transformers").PreTrainedModel):
+        raise CommandError(
+            f"{source} is a {type(model).__name__}, and only of transformers' models a tiny instance can be made; of "
+            "your own make one yourself: partition(model, probe=batch) reads its heads off its attention, and "
+            "adam_mini_plugins.hessian.measure_hessian takes its Hessian"
+        )
+    from .tiny import CannotRunError
+    from .tiny import build as make_tiny
+
+    try:
+        small, batch = make_tiny(type(model), model.config)
+    except CannotRunError as error:
+        raise CommandError(f"no tiny instance of {type(model).__name__} can be built: {error}") from error
+    if isinstance(batch, CannotRunError):
+        raise CommandError(f"no input was found that a tiny {type(model).__name__} takes: {batch}")
+    return small, batch
+
+
 def describe(source: str, model: nn.Module) -> dict[str, Any]:
     """What is said of a model beside any figures about it."""
     base: Any = getattr(model, "get_base_model", None)  # what stands under adapters

@@ -106,4 +106,3 @@ def table(verdicts: list[Verdict]) -> list[Any]:
 def all_right(verdicts: list[Verdict]) -> bool:
     """Whether there is a tensor to judge, and none that is wrong or has not been seen."""
     return bool(verdicts) and all(v.verdict in (RIGHT, SHARED) for v in verdicts)
-

@@ -2,7 +2,7 @@
 
 Transformers' own tests have a tiny config for each model, but aren't installed with it. Here a config
 class is shrunk by the names of its fields, and inputs are tried until one is accepted; what can't be
-told from names is in ``census_data.py``.
+told from names is in ``tiny_overrides.py``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from census_data import OVERRIDES
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from .tiny_overrides import OVERRIDES
 
 WIDTH, HEADS, KEY_HEADS, WIDE_HEAD = 48, 6, 2, 10
 VOCABULARY = 199
@@ -75,6 +76,7 @@ class Tiny:
         self.apart, self.grouped = apart, grouped
 
     def size(self, name: str, default: int) -> int:
+        """A small number for a field, or the one that it has."""
         value = next((value for pattern, value in SIZES if re.fullmatch(pattern, name)), None)
         if value is None:
             return default
@@ -84,12 +86,21 @@ class Tiny:
             return HEADS
         return value if default > value or value in (HEADS, WIDE_HEAD) else default
 
-    def config(self, cls: type[PreTrainedConfig], model_type: str, **given: Any) -> PreTrainedConfig:
-        overrides = {**OVERRIDES.get(model_type, {}), **given}
-        return cls(**{name: value for name, value in {**self.fields(cls), **overrides}.items() if value is not ...})
+    def config(self, like: PreTrainedConfig) -> PreTrainedConfig:
+        """A config of the same class with small numbers; what is no size stays as it is."""
+        fields = {**self._switches(like), **self.fields(like), **OVERRIDES.get(like.model_type, {})}
+        return type(like)(**{name: value for name, value in fields.items() if value is not ...})
 
-    def fields(self, cls: type[PreTrainedConfig]) -> dict[str, Any]:
-        default = cls()
+    @staticmethod
+    def _switches(like: PreTrainedConfig) -> dict[str, Any]:
+        """The flags and choices in which a config is not its class's default, such as ``multi_query``."""
+        plain, declared = type(like)(), (f.name for f in dataclasses.fields(type(like)))
+        given = {name: get(like, name) for name in declared if name not in COMMON and not name.startswith("_")}
+        return {n: v for n, v in given.items() if isinstance(v, bool | str | float) and v != get(plain, n)}
+
+    def fields(self, default: PreTrainedConfig) -> dict[str, Any]:
+        """The fields that change, by name."""
+        cls = type(default)
         declared = {f.name: f.default for f in dataclasses.fields(cls)}
         names = [n for n in declared if n not in COMMON and not n.startswith("_")]
         names += [n for n in inspect.signature(cls.__init__).parameters if n not in (*names, *COMMON, *NOT_FIELDS)]
@@ -97,7 +108,7 @@ class Tiny:
         for name in names:
             value = get(default, name, declared.get(name))
             if isinstance(value, PreTrainedConfig):
-                kwargs[name] = self.config(type(value), value.model_type)
+                kwargs[name] = self.config(value)
             elif type(value) is int and declared.get(name, 0) is not None:
                 kwargs[name] = self.size(name, value)
             elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
@@ -163,7 +174,7 @@ class Tiny:
         if not isinstance(rope, dict):
             return
         section = rope.get("mrope_section")
-        if section is None and "rope_type" in rope and "mrope_section" in _source(type(default)):
+        if section is None and "rope_type" in rope and "mrope_section" in _source(type(default)):  # type: ignore[arg-type]
             section = [1, 1, 1]
             rope = {"rope_type": "default", "rope_theta": 10000.0, **rope}
         if section:
@@ -256,13 +267,13 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         channels = _find(config, "in_channels") or _find(config, "num_channels") or 3
         grid = {n: torch.tensor([[1, 8, 8]]) for n in grids}
         merges = {"merge_sizes": torch.tensor([1])} if "merge_sizes" in parameters else {}
-        for shape in ((64, channels * time * patch * patch), (1, 64, channels * time * patch * patch),
-                      (64, channels, patch, patch), (1, 64, channels, patch, patch)):  # fmt: skip
-            yield {main: noise(*shape), **grid, **merges}
+        flat, square = (channels * time * patch * patch,), (channels, patch, patch)
+        for patches in ((64, *flat), (1, 64, *flat), (64, *square), (1, 64, *square)):
+            yield {main: noise(*patches), **grid, **merges}
 
 
 @functools.cache
-def _source(cls: type) -> str:
+def _source(cls: Any) -> str:
     """The source of the models that a config class is for."""
     name = cls.__module__.replace("configuration_", "modeling_")
     return inspect.getsource(importlib.import_module(name)) if importlib.util.find_spec(name) else ""
@@ -288,20 +299,26 @@ def _find(config: Any, name: str) -> Any:
     return None
 
 
-def build(cls: type[PreTrainedModel]) -> tuple[PreTrainedModel, dict[str, Any] | CannotRunError]:
+def build(cls: Any, like: PreTrainedConfig | None = None) -> tuple[PreTrainedModel, dict[str, Any] | CannotRunError]:
     """A tiny model with random weights, and a batch that it takes or the reason why there is none.
 
-    If it can be, ``head_dim`` is set apart from ``hidden_size / heads``, and several query heads share a
-    key head.
+    Args:
+        cls: The model's class, of transformers.
+        like: A config to make small. Without it the class's default is, with ``head_dim`` set apart from
+            ``hidden_size / heads`` and several query heads to a key head, if that can be.
 
     Raises:
         CannotRunError: It can't be built.
     """
     reasons: list[str] = []
     unfed: tuple[PreTrainedModel, CannotRunError] | None = None
-    for apart, grouped in ((True, True), (False, True), (True, False), (False, False)):
+    ways = [(True, True), (False, True), (True, False), (False, False)]
+    if like is not None:
+        own = _is_apart(like), get(like, "num_key_value_heads") not in (None, get(like, "num_attention_heads"))
+        ways.sort(key=lambda way: sum(a != b for a, b in zip(way, own)))
+    for apart, grouped in ways:
         try:
-            model = _instance(cls, Tiny(apart, grouped).config(cls.config_class, cls.config_class.model_type))
+            model = _instance(cls, Tiny(apart, grouped).config(like if like is not None else cls.config_class()))
         except Exception as error:  # whatever a config or model objects to
             reasons.append(_reason(error))
             continue
@@ -312,6 +329,11 @@ def build(cls: type[PreTrainedModel]) -> tuple[PreTrainedModel, dict[str, Any] |
     if unfed is not None:
         return unfed
     raise CannotRunError(reasons[0])
+
+
+def _is_apart(config: PreTrainedConfig) -> bool:
+    head, width, heads = (get(config, name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
+    return None not in (head, width, heads) and head * heads != width
 
 
 def _instance(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
