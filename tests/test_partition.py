@@ -431,3 +431,14 @@ def test_a_large_model_on_the_meta_device_costs_by_its_tensors_alone(name: str, 
         tensor = f"model.{projection}" if "experts" in projection else f"model.{projection}.weight"
         assert blocks.num_blocks(tensor) == count
     assert len(pickle.dumps(blocks)) < 1000 * len(blocks)
+
+
+@pytest.mark.parametrize(("name", "head"), [("llama", "lm_head.weight"), ("bert-classes", "classifier.weight")])
+def test_a_wrapped_model_has_its_blocks_and_roles(name: str, head: str) -> None:
+    model, _ = zoo.CASES[name].build()
+
+    wrapped = partition(nn.ModuleDict({"model": model}))
+
+    expected = {f"model.{e.name}": (e.role, e.layout) for e in partition(model).values()}
+    assert {n: (wrapped[n].role, wrapped[n].layout) for n in wrapped} == expected
+    assert wrapped[f"model.{head}"].role == "output"

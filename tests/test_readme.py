@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from transformers import Trainer, TrainingArguments
 import adam_mini_plugins
 from adam_mini_plugins import AdamMini
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -69,3 +72,39 @@ def test_a_block_of_the_readme_runs(number: int, tmp_path: Path, monkeypatch: py
 def test_the_first_screen_shows_the_argument() -> None:
     assert 'optim="adam_mini"' in BLOCKS[0]
     assert README.index(BLOCKS[0]) < 500
+
+
+def test_the_figures_of_the_census_are_those_found() -> None:
+    census = json.loads((ROOT / "tests" / "census.json").read_text())
+    right = sum(census["right"].values())
+    assert f"{right} of the {right + len(census['blind'])} architectures of transformers" in README
+    assert f"{census['query and key tensors']:,} query and key tensors" in README
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [
+        ("sft", "loss"),
+        ("reward", "accuracy"),
+        ("optimize", "rewards/parse_reward/mean"),
+        ("optimize", "rewards/reward/mean"),
+    ],
+)
+def test_the_figures_of_the_alignment_are_those_measured(stage: str, key: str) -> None:
+    runs = [run for run in json.loads((ROOT / "docs" / "align.json").read_text())["runs"] if run["stage"] == stage]
+    cells = [f"{statistics.median(run['before'][key] for run in runs):.3f}"]
+    for optim in ("adam_mini", "adamw_torch"):
+        after = [run["after"][key] for run in runs if run["optim"] == optim]
+        assert len(after) == 3
+        cells.append(f"{statistics.median(after):.3f} ({min(after):.3f}, {max(after):.3f})")
+    assert f"| {' | '.join(cells)} |" in README
+
+
+def test_the_figures_of_loras_blocks_are_those_measured() -> None:
+    losses = json.loads((ROOT / "docs" / "lora_blocks.json").read_text())["losses"]
+    adamw = losses.pop("AdamW")
+    assert f"| {' | '.join(f'{statistics.median(values):.3f}' for values in adamw.values())} |" in README
+    for by_rate in losses.values():
+        gaps = [[own - other for own, other in zip(values, adamw[rate])] for rate, values in by_rate.items()]
+        cells = [f"{statistics.median(gap):+.3f} ({min(gap):+.3f}, {max(gap):+.3f})" for gap in gaps]
+        assert f"| {' | '.join(cells)} |" in README

@@ -254,12 +254,14 @@ def _all_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _facts(model: nn.Module, value: str) -> Facts:
-    head = getattr(model, "get_output_embeddings", None)
+    """What the model says of itself, or what the one says that it wraps, as a LightningModule may."""
+    says: Any = next((m for m in model.modules() if callable(getattr(m, "get_output_embeddings", None))), model)
+    head = getattr(says, "get_output_embeddings", None)
     return Facts(
         value=value,
         output_embeddings=head() if callable(head) else None,
-        base_model=getattr(model, "base_model", None),
-        num_labels=getattr(getattr(model, "config", None), "num_labels", None),
+        base_model=getattr(says, "base_model", None),
+        num_labels=getattr(getattr(says, "config", None), "num_labels", None),
     )
 
 
