@@ -586,7 +586,7 @@ def test_lightning_cli_takes_the_callbacks_from_yaml(
 ) -> None:
     pytest.importorskip("jsonargparse", reason="jsonargparse, which LightningCLI needs, is not installed")
     monkeypatch.setattr(sys, "argv", ["program"])
-    for name in ("compat", "lightning", "callbacks.lightning"):  # the CLI imports them, after Lightning
+    for name in ("lightning_base", "lightning", "callbacks.lightning"):  # the CLI imports them, after Lightning
         monkeypatch.delitem(sys.modules, f"adam_mini_plugins.{name}", raising=False)
     their = importlib.import_module(package)
 
