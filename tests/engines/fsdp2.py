@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import transformers
@@ -50,13 +52,11 @@ def shard(model: nn.Module) -> None:
     fully_shard(model)
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    figures = {}
-    for name in workers.ARGUMENTS or CASES:
+def figures() -> dict[str, Any]:
+    # Three processes cut where two do, and leave some of them without a row.
+    names = CASES if dist.get_world_size() > 2 else ("llama", "tied", "conv1d")
+    found = {}
+    for name in names:
         build, options = CASES[name]
-        figures[name] = workers.compare(build, shard, **options)
-    workers.report(figures)
-
-
-main()
+        found[name] = workers.compare(build, shard, **options)
+    return found

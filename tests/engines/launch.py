@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SECONDS = 150  # processes that wait for one another wait for ever
+SECONDS = int(os.environ.get("ENGINE_SECONDS", "150"))  # processes that wait for one another wait for ever
 
 
 def launch(script: str, processes: int, *arguments: str, **environment: str) -> dict[str, Any]:
@@ -33,15 +33,18 @@ def launch(script: str, processes: int, *arguments: str, **environment: str) -> 
             "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
             **environment,
         }
-        # A session of its own, so that the end of the launcher is the end of its workers.
-        running = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        try:
-            output, _ = running.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(running.pid, 9)
-            output, _ = running.communicate()
-            raise AssertionError(f"{script} on {processes} processes: not done in {SECONDS} s\n{output}") from None
-        assert running.returncode == 0, f"{script} on {processes} processes failed\n{output}"
-        return json.loads((Path(folder) / "figures.json").read_text())
+        log = Path(folder) / "log"
+        with log.open("w") as output:
+            running = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+            try:
+                code = running.wait(SECONDS)
+                verdict = f"failed with {code}"
+            except subprocess.TimeoutExpired:
+                # On this signal the launcher ends its workers, which are not its process group's.
+                running.terminate()
+                code = running.wait()
+                verdict = f"was not done in {SECONDS} s"
+        figures = Path(folder) / "figures.json"
+        ended = code == 0 and figures.exists()
+        assert ended, f"{script} on {processes} processes {verdict}\n{log.read_text()[-8000:]}"
+        return json.loads(figures.read_text())

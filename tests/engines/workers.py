@@ -25,7 +25,6 @@ from adam_mini_plugins.memory import measure
 STEPS = 5
 SAMPLES, TOKENS = 6, 8  # as many for each of 2 as of 3 processes
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.1}
-FOLDER, ARGUMENTS = Path(sys.argv[1]), sys.argv[2:]
 
 
 def llama(**options: Any) -> nn.Module:
@@ -110,13 +109,18 @@ def swapped(model: nn.Module, shard: Callable[[nn.Module], None], make: Callable
 
 
 def compare(
-    build: Callable[[], nn.Module], shard: Callable[[nn.Module], None], swap: bool = False, **options: Any
+    build: Callable[[], nn.Module],
+    shard: Callable[[nn.Module], None],
+    part: slice | None = None,
+    swap: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Trains a model in one process and sharded, with AdamMini and with AdamW.
 
     Args:
         build: Makes the model, always the same.
         shard: Shards it in place.
+        part: This process's part of a batch.
         swap: Makes the optimizer before it is sharded.
         **options: For `train`.
     """
@@ -135,7 +139,7 @@ def compare(
             optimizer = make(sharded)
         watch = Watch()
         with floats_reduced() as floats:
-            train(sharded, optimizer, batches(), of_rank(), watch, **options)
+            train(sharded, optimizer, batches(), part or of_rank(), watch, **options)
         end = weights(sharded)
         if dist.get_rank() == 0:
             figures[name] = distance(weights(alone), end)
@@ -194,10 +198,15 @@ def _worst(of_each: list[Any]) -> Any:
     return max(of_each) if isinstance(first, int | float) else first
 
 
+def arguments() -> list[str]:
+    """What the test that launched this script passed to it."""
+    return sys.argv[2:]
+
+
 def report(figures: dict[str, Any]) -> None:
     """Hands the figures to the test that launched this script."""
     figures = worst(figures)
     if dist.get_rank() == 0:
-        (FOLDER / "figures.json").write_text(json.dumps(figures))
+        (Path(sys.argv[1]) / "figures.json").write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()
