@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_2(folder: Path) -> dict[str, Any]:
-    return launch("native.py", 2, "fsdp2", "tensor_parallel", "checkpoints", CHECKPOINTS=str(folder))
+    return launch("native.py", 2, "fsdp2", "tensor_parallel", "checkpoints", "refused", CHECKPOINTS=str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,37 @@ def test_checkpoints(folder: Path, on_2: dict[str, Any], on_3: dict[str, Any]) -
     resumed = checkpoints.resharded(folder, of_one)
     assert sorted(resumed) == ["from 2", "from 3"]
     assert max(resumed.values()) <= CLOSE
+
+
+@pytest.mark.parametrize(("engine", "processes"), [("fsdp2", 2), ("fsdp2", 3), ("ddp", 2), ("ddp", 3)])
+def test_transformers_and_trl(engine: str, processes: int, tmp_path: Path) -> None:
+    figures = launch("hf.py", processes, engine, CHECKPOINTS=str(tmp_path))
+    for trainer in ("trainer", "sft"):
+        assert figures[trainer]["adam_mini"] <= CLOSE
+        assert figures[trainer]["adam_mini moved"] > 1e-3
+        assert figures[trainer]["adamw"] <= 1e-3
+        assert figures[trainer]["adamw moved"] > 1e-3
+    ways = ["plain"] if engine == "ddp" else ["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
+    assert figures["resumed"] == dict.fromkeys(ways, 0.0)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_lightning(processes: int, tmp_path: Path) -> None:
+    figures = launch("lightning_fit.py", processes, CHECKPOINTS=str(tmp_path))
+    assert sorted(figures) == ["ddp", "model parallel", "whole checkpoint"]
+    for of_strategy in figures.values():
+        assert of_strategy["adam_mini"] <= CLOSE
+        assert of_strategy["adam_mini moved"] > 1e-3
+        assert of_strategy["resumed"] == 0.0
+    for name in ("ddp", "model parallel"):
+        assert figures[name]["adamw"] <= 1e-3
+        assert figures[name]["adamw moved"] > 1e-3
+
+
+def test_fsdp1_is_refused(on_2: dict[str, Any]) -> None:
+    for when, said in on_2["refused"].items():
+        assert "use FSDP2 (fully_shard in torch, fsdp_version: 2 in accelerate, ModelParallelStrategy" in said, when
+        assert "FSDP1" in said, when
 
 
 # --- which blocks are cut, for processes that need not be there -------------------------------------
