@@ -97,11 +97,11 @@ def main() -> None:
             end, moved = alone(ours)
             _, weights = fit(name, workers.STEPS, ours)
             figures[name] |= {key: workers.distance(weights, end), f"{key} moved": moved}
-            if ours:
-                trainer, _ = fit(name, 3)
-                trainer.save_checkpoint(OUTPUT / f"{name}.ckpt")
-                _, resumed = fit(name, workers.STEPS, ckpt_path=str(OUTPUT / f"{name}.ckpt"))
-                figures[name]["resumed"] = workers.distance(resumed, weights)
+            checkpoint = OUTPUT / f"{name} {key}.ckpt"
+            trainer, _ = fit(name, 3, ours)
+            trainer.save_checkpoint(checkpoint)
+            _, resumed = fit(name, workers.STEPS, ours, ckpt_path=str(checkpoint))
+            figures[name][f"{key} resumed"] = workers.distance(resumed, weights)
     workers.report(figures)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -210,3 +211,6 @@ def report(figures: dict[str, Any]) -> None:
         (Path(sys.argv[1]) / "figures.json").write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()
+    # Without the interpreter's own end, in which threads of the libraries at work here sometimes abort the process.
+    sys.stdout.flush()
+    os._exit(0)
