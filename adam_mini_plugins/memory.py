@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed
 
+from .sharding import local
+
 # The names under which optimizers keep second moments, whole or in factors: torch's Adams and what follows them;
 # bitsandbytes; transformers' and torch's Adafactor; RMSprop.
 SECOND_MOMENTS = frozenset(
@@ -98,8 +100,8 @@ def measure(*optimizers: HasState) -> OptimizerMemory:
     return OptimizerMemory(
         state_bytes=sum(by_device.values()),
         adamw_state_bytes=sum(adamw_state_bytes(p) for p in trained),
-        second_moment_scalars=sum(_local(v).numel() for v in second_moments if isinstance(v, Tensor)),
-        parameters=sum(_local(p).numel() for p in trained),
+        second_moment_scalars=sum(local(v).numel() for v in second_moments if isinstance(v, Tensor)),
+        parameters=sum(local(p).numel() for p in trained),
         bytes_by_device=by_device,
     )
 
@@ -129,7 +131,7 @@ def report(memory: OptimizerMemory, device: torch.device) -> dict[str, float]:
 
 def adamw_state_bytes(parameter: Tensor) -> int:
     """Bytes of state that torch's AdamW holds for a parameter: two moments in its dtype and a float32 count."""
-    return 2 * _local(parameter).numel() * parameter.element_size() + torch.float32.itemsize
+    return 2 * local(parameter).numel() * parameter.element_size() + torch.float32.itemsize
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -144,17 +146,13 @@ def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that hold the numbers: those inside a tensor subclass, or itself."""
+    """The tensors that hold this process's numbers: those inside a tensor subclass, or itself."""
+    tensor = local(tensor)
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _plain(getattr(tensor, name))
     else:
         yield tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, or the tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _unwrap(optimizer: Any) -> Any:

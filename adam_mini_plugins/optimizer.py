@@ -9,12 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import sharding
 from .blocks import Layout, Partition
 from .blocks import partition as make_partition
-from .update import adam_mini
+from .update import adam_mini, second_moment_dtype
 
 _HOW_TO_PARTITION = (
     "pass partition=adam_mini_plugins.partition(model), or build the optimizer with AdamMini.for_model(model, ...)"
+)
+_ENGINES = (
+    "AdamMini trains with DistributedDataParallel, FSDP2 and tensor parallelism: use FSDP2 (fully_shard in torch, "
+    "fsdp_version: 2 in accelerate, ModelParallelStrategy in Lightning)"
 )
 
 
@@ -144,6 +149,7 @@ class AdamMini(Optimizer):
             raise TypeError(f"optimizer can only optimize Tensors, got {type(parameter).__name__}")
         # Which tensor it is counts for more than what it is called: wrappers prefix names.
         name = self.partition.name_of(parameter) or given
+        _check_engine(name, parameter)
         described = f"a tensor of shape {tuple(parameter.shape)}" if name is None else repr(name)
         if parameter.is_complex():
             raise TypeError(f"AdamMini does not support complex parameters: {described} is {parameter.dtype}")
@@ -181,21 +187,23 @@ class AdamMini(Optimizer):
                 loss = closure()
 
         for group in self.param_groups:
-            _check_gradients(group)
+            _check_parameters(group)
+        grads, means = self._reduced()
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             members = [
-                (p, p.grad, self._state_of(p, layout, group["state_dtype"]), layout)
+                (p, layout, self._state_of(p, layout, group["state_dtype"]))
                 for p, layout in zip(group["params"], map(Layout.parse, group["blocks"]))
                 if p.grad is not None
             ]
             adam_mini(
-                [p for p, _, _, _ in members],
-                [grad for _, grad, _, _ in members],
-                [state["exp_avg"] for _, _, state, _ in members],
-                [state["exp_avg_sq"] for _, _, state, _ in members],
-                [state["step"] for _, _, state, _ in members],
-                [layout for _, _, _, layout in members],
+                [sharding.local(p) for p, _, _ in members],
+                [grads.get(p, p.grad) for p, _, _ in members],
+                [sharding.local(state["exp_avg"]) for _, _, state in members],
+                [sharding.local(state["exp_avg_sq"]) for _, _, state in members],
+                [state["step"] for _, _, state in members],
+                [layout for _, layout, _ in members],
+                [means.get(p) for p, _, _ in members],
                 lr=float(group["lr"]),
                 beta1=beta1,
                 beta2=beta2,
@@ -205,16 +213,26 @@ class AdamMini(Optimizer):
             )
         return loss
 
+    def _reduced(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+        """Of parameters cut over processes the local gradients, and block means where processes share blocks."""
+        sharded = [
+            (p, Layout.parse(blocks))
+            for group in self.param_groups
+            for p, blocks in zip(group["params"], group["blocks"])
+            # With no gradient here too: another process may have one, and waits for this one.
+            if sharding.is_sharded(p) and (p.requires_grad or p.grad is not None)
+        ]
+        return sharding.gradients_and_means(sharded) if sharded else ({}, {})
+
     def _state_of(self, parameter: Tensor, layout: Layout, state_dtype: str | None) -> dict[str, Tensor]:
         """A parameter's state, made at its first step."""
         state = self.state[parameter]
         if not state:
             dtype = momentum_dtype(parameter, state_dtype)
-            shape = layout.state_shape(parameter.shape)
             # The count stays on the CPU, as torch's does: reading it must not wait for a device.
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = parameter.new_zeros(shape, dtype=second_moment_dtype(parameter))
+            state["exp_avg_sq"] = sharding.new_second_moment(parameter, layout)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -271,7 +289,7 @@ class AdamMini(Optimizer):
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """Gives loaded state the dtypes that a new state would have, from the values as they were saved."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            for parameter, key in zip(group["params"], saved["params"]):
+            for parameter, blocks, key in zip(group["params"], group["blocks"], saved["params"]):
                 source = state_dict["state"].get(key)
                 if source:
                     dtypes = {
@@ -280,7 +298,7 @@ class AdamMini(Optimizer):
                     }
                     for entry, dtype in dtypes.items():
                         value = source[entry].to(device=parameter.device, dtype=dtype)
-                        self.state[parameter][entry] = value
+                        self.state[parameter][entry] = sharding.placed(value, parameter, Layout.parse(blocks))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "partition": self.partition}
@@ -323,10 +341,10 @@ def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    """The name of a floating-point dtype, which checkpoints can hold; ``None`` as it is.
+    """A floating-point dtype by its name, as ``"bfloat16"``; ``None`` as it is.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is no floating-point dtype.
     """
     if dtype is None:
         return None
@@ -338,41 +356,47 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
 
 
 def momentum_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
-    """The dtype of a parameter's momentum."""
+    """The dtype of a parameter's momentum: the one asked for, or the parameter's own."""
     return parameter.dtype if state_dtype is None else getattr(torch, state_dtype)
 
 
-def second_moment_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype of a parameter's second moments: in bfloat16, beta2 = 0.999 would round their every change away."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-def _check_gradients(group: dict[str, Any]) -> None:
-    """Raises where a step would go wrong, before anything has changed."""
+def _check_parameters(group: dict[str, Any]) -> None:
+    """Raises where a step would go wrong, before anything has changed and before processes wait for each other."""
     params, names = group["params"], group["param_names"]
     if len(params) != len(names):
         raise RuntimeError(
             f"a parameter group holds {len(params)} tensors for {len(names)} names: an engine has merged or cut them, "
-            "which AdamMini does not support yet; DistributedDataParallel works"
+            f"as DeepSpeed ZeRO and FSDP1 do. {_ENGINES}"
         )
     for parameter, name, blocks in zip(params, names, group["blocks"]):
         grad = parameter.grad
-        if grad is None:
-            continue
-        if grad.is_sparse:
+        if grad is not None and grad.is_sparse:
             raise RuntimeError(
                 f"AdamMini does not support sparse gradients, got one for {name}: build the layer with sparse=False"
             )
-        if hasattr(parameter, "device_mesh"):
+        _check_engine(name, parameter)
+        if not blocks and grad is not None:
             raise RuntimeError(
-                f"{name} is a {type(parameter).__name__}; AdamMini does not train sharded parameters yet, "
-                "DistributedDataParallel works"
+                f"{name} of shape {tuple(parameter.shape)} has a gradient but no blocks: it was frozen, and is "
+                f"unknown to the partition. {_HOW_TO_PARTITION}"
             )
-        if not blocks or not Layout.parse(blocks).fits(parameter.shape):
+        # Without a gradient too: an engine may have left this process none of the tensor.
+        if blocks and not Layout.parse(blocks).fits(parameter.shape):
             raise RuntimeError(
-                f"{name} of shape {tuple(parameter.shape)} has a gradient but no blocks that fit it (it was frozen, "
-                f"or an engine has flattened it since): {_HOW_TO_PARTITION}"
+                f"{name} has shape {tuple(parameter.shape)}, which its blocks {blocks!r} don't fit: it was resized, or "
+                f"an engine has flattened it, as DeepSpeed ZeRO and FSDP1 do. {_ENGINES}"
             )
+
+
+def _check_engine(name: str | None, parameter: Tensor) -> None:
+    """Raises for a parameter that an engine has flattened, where the engine has left a mark on it."""
+    if hasattr(parameter, "_is_flat_param") or hasattr(parameter, "_fsdp_flattened"):
+        engine = "FSDP1 (FullyShardedDataParallel)"
+    elif hasattr(parameter, "ds_id"):
+        engine = "DeepSpeed ZeRO-3"
+    else:
+        return
+    raise RuntimeError(f"{name} has been flattened and cut by {engine}, and its blocks can't be told. {_ENGINES}")
 
 
 def _check_state(name: str, parameter: Tensor, layout: Layout, state: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ def adam_mini(
     exp_avg_sqs: list[Tensor],
     state_steps: list[Tensor],
     layouts: list[Layout],
+    block_means: list[Tensor | None],
     *,
     lr: float,
     beta1: float,
@@ -56,6 +57,8 @@ def adam_mini(
         exp_avg_sqs: Their second moments, each of shape ``layout.state_shape(param.shape)``.
         state_steps: For each parameter the number of steps taken so far, a scalar tensor.
         layouts: Their blocks.
+        block_means: For each parameter the mean square of its gradient over each row's block, of the second
+            moment's shape, where it takes more than the tensor at hand to know it; ``None`` elsewhere.
         lr: Learning rate.
         beta1: Decay of the momentum.
         beta2: Decay of the second moment.
@@ -63,8 +66,8 @@ def adam_mini(
         eps: Added to the root of the second moment.
         maximize: Ascend instead of descending.
     """
-    for param, grad, exp_avg, exp_avg_sq, step_t, layout in zip(
-        params, grads, exp_avgs, exp_avg_sqs, state_steps, layouts
+    for param, grad, exp_avg, exp_avg_sq, step_t, layout, means in zip(
+        params, grads, exp_avgs, exp_avg_sqs, state_steps, layouts, block_means
     ):
         step_t += 1
         step = step_t.item()
@@ -77,7 +80,7 @@ def adam_mini(
             eps=eps,
             maximize=maximize,
         )
-        _update(param, grad, exp_avg, exp_avg_sq, layout, rates)
+        _update(param, grad, exp_avg, exp_avg_sq, layout, means, rates)
 
 
 class _Rates(NamedTuple):
@@ -92,29 +95,53 @@ class _Rates(NamedTuple):
     maximize: bool
 
 
-def _update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, layout: Layout, rates: _Rates) -> None:
-    if layout.is_each_row:
+def _update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    layout: Layout,
+    means: Tensor | None,
+    rates: _Rates,
+) -> None:
+    if means is None and layout.is_each_row:
         # A row needs nothing but itself: the whole step is done while its gradient is in the cache.
         for p, g, m, v in _chunks(layout.axes, param, grad, exp_avg, exp_avg_sq):
-            _average(v, _row_means(g, v), rates)
+            _average(v, _row_squares(g, v).mul_(v.numel() / max(g.numel(), 1)), rates)
             _descend(p, g, m, _denominator(v, rates), rates)
         return
-    means = torch.empty_like(exp_avg_sq)
-    for g, part in _chunks(layout.axes, grad, means):
-        part.copy_(_row_means(g, part))
-    _average(exp_avg_sq, layout.block_mean(means), rates)
+    if means is None:
+        squares = row_squares(grad, layout.axes, exp_avg_sq.dtype)
+        means = layout.block_mean(squares.mul_(squares.numel() / max(grad.numel(), 1)))
+    _average(exp_avg_sq, means, rates)
     for p, g, m, d in _chunks(layout.axes, param, grad, exp_avg, _denominator(exp_avg_sq, rates)):
         _descend(p, g, m, d, rates)
 
 
-def _row_means(grad: Tensor, like: Tensor) -> Tensor:
-    """The mean square of each row of a gradient, in the shape and dtype of ``like``."""
+def row_squares(grad: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The sum of squares of each row of a gradient.
+
+    Args:
+        grad: The gradient.
+        axes: The axes that number the rows.
+        dtype: In which to add up.
+
+    Returns:
+        A tensor with extent 1 along all other axes.
+    """
+    sums = grad.new_empty([size if axis in axes else 1 for axis, size in enumerate(grad.shape)], dtype=dtype)
+    for g, part in _chunks(axes, grad, sums):
+        part.copy_(_row_squares(g, part))
+    return sums
+
+
+def _row_squares(grad: Tensor, like: Tensor) -> Tensor:
+    """The sum of squares of each row, in the shape and dtype of ``like``."""
     axes = [axis for axis, (size, of_grad) in enumerate(zip(like.shape, grad.shape)) if size != of_grad]
     if not axes:
         return grad.to(like.dtype).square()
-    # vector_norm reads the gradient once; the mean of a square would first write the square out.
-    norms = torch.linalg.vector_norm(grad.to(like.dtype), dim=axes, keepdim=True)
-    return norms.square_().mul_(like.numel() / max(grad.numel(), 1))
+    # vector_norm reads the gradient once; the sum of a square would first write the square out.
+    return torch.linalg.vector_norm(grad.to(like.dtype), dim=axes, keepdim=True).square_()
 
 
 def _average(exp_avg_sq: Tensor, means: Tensor, rates: _Rates) -> None:
@@ -134,6 +161,12 @@ def _descend(param: Tensor, grad: Tensor, exp_avg: Tensor, denominator: Tensor, 
     p.mul_(rates.decay).addcdiv_(m, denominator, value=-rates.step_size)
     exp_avg.copy_(m)
     param.copy_(p)
+
+
+def second_moment_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype of a parameter's second moment, and of the arithmetic of its step."""
+    # In bfloat16, beta2 = 0.999 would leave it where it is: the change of a step rounds away.
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def _chunks(axes: tuple[int, ...], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

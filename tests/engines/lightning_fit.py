@@ -1,0 +1,108 @@
+"""Lightning under `ddp` and ModelParallelStrategy, on the CPU."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import workers
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from adam_mini_plugins import AdamMini, partition
+from adam_mini_plugins.lightning import AdamMiniOptimizer
+
+OUTPUT = Path(os.environ["CHECKPOINTS"])
+PROCESSES = int(os.environ["WORLD_SIZE"])
+IDS = workers.batches(1)[0]  # each step sees all of it
+
+
+class Module(LightningModule):
+    """A Llama, sharded where the strategy has a mesh, that asks for AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: Any = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = workers.cut_llama(num_hidden_layers=1, use_cache=False)
+            if self.device_mesh is not None:
+                fully_shard(self.model.model.layers[0], mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, ids: torch.Tensor, _: int) -> torch.Tensor:
+        return self.model(input_ids=ids, labels=ids).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), **workers.OPTIONS)
+
+
+def strategy(name: str) -> Any:
+    if name == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    whole = name == "whole checkpoint"
+    return ModelParallelStrategy(
+        data_parallel_size=PROCESSES, tensor_parallel_size=1, save_distributed_checkpoint=not whole,
+        process_group_backend="gloo",
+    )  # fmt: skip
+
+
+def fit(name: str, epochs: int, ours: bool = True, **options: Any) -> tuple[Trainer, dict[str, torch.Tensor]]:
+    """The trainer, and the weights after as many steps as epochs."""
+    trainer = Trainer(
+        accelerator="cpu", devices=PROCESSES, strategy=strategy(name), max_epochs=epochs, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[AdamMiniOptimizer()] if ours else [],
+    )  # fmt: skip
+    module = Module()
+    trainer.fit(module, DataLoader(list(IDS), batch_size=len(IDS) // PROCESSES), **options)
+    (optimizer,) = trainer.optimizers
+    assert type(optimizer) is (AdamMini if ours else torch.optim.AdamW)
+    assert trainer.global_step == epochs
+    parts = [isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"]]
+    assert isinstance(trainer.strategy, DDPStrategy if name == "ddp" else ModelParallelStrategy)
+    assert (not any(parts)) if name == "ddp" else all(parts)
+    return trainer, workers.weights(module.model)
+
+
+def alone(ours: bool) -> tuple[dict[str, torch.Tensor], float]:
+    """One process's weights at the end, and how far they have come."""
+    model: nn.Module = workers.cut_llama(num_hidden_layers=1, use_cache=False)
+    start = workers.weights(model)
+    make: Any = torch.optim.AdamW
+    optimizer = make(model.parameters(), **workers.OPTIONS)
+    if ours:
+        optimizer = AdamMini(model.named_parameters(), partition=partition(model), **workers.OPTIONS)
+    workers.train(model, optimizer, [IDS] * workers.STEPS)
+    end = workers.weights(model)
+    return end, workers.distance(start, end)
+
+
+def main() -> None:
+    faulthandler.dump_traceback_later(140)
+    warnings.simplefilter("ignore")
+    figures: dict[str, dict[str, float]] = {}
+    for name in ("ddp", "model parallel", "whole checkpoint"):
+        figures[name] = {}
+        for ours, key in ((True, "adam_mini"), (False, "adamw"))[: 1 if name == "whole checkpoint" else 2]:
+            end, moved = alone(ours)
+            _, weights = fit(name, workers.STEPS, ours)
+            figures[name] |= {key: workers.distance(weights, end), f"{key} moved": moved}
+            checkpoint = OUTPUT / f"{name} {key}.ckpt"
+            trainer, _ = fit(name, 3, ours)
+            trainer.save_checkpoint(checkpoint)
+            _, resumed = fit(name, workers.STEPS, ours, ckpt_path=str(checkpoint))
+            figures[name][f"{key} resumed"] = workers.distance(resumed, weights)
+    workers.report(figures)
+
+
+main()

@@ -1,0 +1,257 @@
+"""Training cut over processes is training in one process, and little is sent for it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_layout import layouts, shape_for
+from torch import Tensor
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from adam_mini_plugins import Layout, sharding
+from adam_mini_plugins.sharding import find_cuts
+
+sys.path.append(str(Path(__file__).parent / "engines"))
+
+import checkpoints
+import workers
+from launch import launch
+
+# The largest difference of a parameter from one process, after 5 steps.
+CLOSE = 1e-6
+
+
+def near(figures: dict[str, Any], tolerance: float = CLOSE) -> None:
+    """AdamMini ends where one process ends, after steps that could be told from standing still."""
+    assert figures["adam_mini"] <= tolerance
+    assert figures["adam_mini moved"] > 1e-3
+    assert figures["adamw moved"] > 1e-3
+    # AdamW, measured in the same way: it has the same data and engine, and its own amplification of rounding.
+    assert figures["adamw"] <= 1e-3
+    assert figures["adamw calls"] == [{}] * 5
+
+
+def one_all_reduce(figures: dict[str, Any], floats: int, dimensions: int = 1) -> None:
+    """Each step calls one all-reduce for each dimension of the mesh, of so many floats at most."""
+    assert figures["adam_mini calls"] == [{"c10d.allreduce_": dimensions}] * 5
+    assert figures["floats reduced"] == floats
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where checkpoints of 1, 2 and 3 processes are left: one process's is there from the start."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    model, optimizer = checkpoints.model_and_optimizer(shard=False)
+    workers.train(model, optimizer, checkpoints.BEFORE)
+    checkpoints.save(path / "from 1", model, optimizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def on_2(folder: Path) -> dict[str, Any]:
+    return launch("native.py", 2, "fsdp2", "tensor_parallel", "checkpoints", "refused", CHECKPOINTS=str(folder))
+
+
+@pytest.fixture(scope="module")
+def on_3(folder: Path, on_2: dict[str, Any]) -> dict[str, Any]:
+    return launch("native.py", 3, "fsdp2", "tensor_parallel", "checkpoints", CHECKPOINTS=str(folder))
+
+
+@pytest.fixture(scope="module")
+def on_4() -> dict[str, Any]:
+    return launch("native.py", 4, "two_dimensions")
+
+
+def test_fsdp2_on_3_processes(on_3: dict[str, Any]) -> None:
+    figures = dict(on_3["fsdp2"])
+    bfloat16 = figures.pop("bfloat16")
+    assert bfloat16["adam_mini"] <= 2**-10  # gradients are rounded before they are added up: a few last places
+    for of_case in figures.values():
+        assert of_case["placements"] == ["(Shard(dim=0),)"]
+        near(of_case)
+    # 60 rows of queries are cut between heads, 20 of keys inside both heads: 2 for each layer, 1 for each of 5 norms.
+    one_all_reduce(figures["llama"], 2 * 2 + 5)
+    # A head of keys, 3 norms; the queries' 30 rows fall apart into heads.
+    one_all_reduce(figures["tied"], 1 + 3)
+    # 60 + 20 + 20 rows are cut at 34 and 68: inside a query head, and inside a key head.
+    one_all_reduce(figures["fused, swapped"], 2 + 3)
+    # Conv1D's matrices are cut across their columns, so that every block is cut.
+    one_all_reduce(figures["conv1d"], 6 + 6 + 48 + 48 + 192 + 48 + 3)
+    assert figures["experts"]["empty parts"] == 3  # 4 experts, twice, and the router's 4 rows
+    assert figures["llama"]["share"] <= 0.51
+
+
+def test_fsdp2_on_2_processes(on_2: dict[str, Any]) -> None:
+    figures = on_2["fsdp2"]
+    for of_case in figures.values():
+        assert of_case["placements"] == ["(Shard(dim=0),)"]
+        near(of_case)
+    one_all_reduce(figures["llama"], 5)  # no head is cut
+    one_all_reduce(figures["tied"], 1 + 1 + 3)  # the middle one of 3 query heads, the key head
+    assert figures["llama"]["share"] <= 0.51
+
+
+@pytest.mark.parametrize(("processes", "heads_cut"), [(2, 2), (3, 1)])
+def test_tensor_parallel(processes: int, heads_cut: int, on_2: dict[str, Any], on_3: dict[str, Any]) -> None:
+    figures = (on_2 if processes == 2 else on_3)["tensor_parallel"]
+    near(figures["llama"])
+    assert figures["llama"]["placements"] == ["(Shard(dim=0),)", "(Shard(dim=1),)"]
+    # Every row of the two rowwise matrices; 3 query heads of 10 rows and one of keys by 2 or by 3 processes.
+    one_all_reduce(figures["llama"], 48 + 48 + heads_cut)
+    assert max(figures["any placement"].values()) <= CLOSE
+    assert figures["uncut"] == {}
+    assert figures["missing"] == 1
+
+
+def test_a_mesh_of_two_dimensions(on_4: dict[str, Any]) -> None:
+    figures = on_4["two_dimensions"]
+    near(figures["llama"])
+    assert figures["llama"]["placements"] == [
+        "(Shard(dim=0), Shard(dim=1))", "(Shard(dim=0),)", "(_StridedShard(dim=0, sf=2), Shard(dim=0))"
+    ]  # fmt: skip
+    # Along the rows' cut 3 + 1 heads and 3 norms. Along the other, half of the rows of the rowwise matrices each.
+    one_all_reduce(figures["llama"], 24 + 24 + 3 + 1, dimensions=2)
+    assert max(figures["any placement"].values()) <= CLOSE
+    assert figures["uncut"] == {}
+
+
+def test_checkpoints(folder: Path, on_2: dict[str, Any], on_3: dict[str, Any]) -> None:
+    for figures in (on_2["checkpoints"], on_3["checkpoints"]):
+        # On as many processes: sharded by DCP, as each process's own state_dict(), whole from process 0.
+        assert [figures[way] for way in ("sharded", "state_dict", "full")] == [0.0, 0.0, 0.0]
+        for way in ("uninterrupted, from one process", "one process's state_dict", "full, into one process", "from 1"):
+            assert figures[way] <= CLOSE
+    assert on_3["checkpoints"]["from 2"] <= CLOSE
+    resumed = launch("native.py", 2, "reshard", CHECKPOINTS=str(folder))["reshard"]
+    assert sorted(resumed) == ["from 1", "from 3"]
+    assert resumed["from 3"] <= CLOSE
+    _, of_one = checkpoints.one_process()
+    resumed = checkpoints.resharded(folder, of_one)
+    assert sorted(resumed) == ["from 2", "from 3"]
+    assert max(resumed.values()) <= CLOSE
+
+
+@pytest.mark.parametrize(("engine", "processes"), [("fsdp2", 2), ("fsdp2", 3), ("ddp", 2)])
+def test_transformers_and_trl(engine: str, processes: int, tmp_path: Path) -> None:
+    figures = launch("hf.py", processes, engine, CHECKPOINTS=str(tmp_path))
+    for trainer in ("trainer", "sft"):
+        assert figures[trainer]["adam_mini"] <= CLOSE
+        assert figures[trainer]["adam_mini moved"] > 1e-3
+        assert figures[trainer]["adamw"] <= 1e-3
+        assert figures[trainer]["adamw moved"] > 1e-3
+    ways = ["plain"] if engine == "ddp" else ["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
+    assert figures["resumed"] == dict.fromkeys(ways, 0.0)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_lightning(processes: int, tmp_path: Path) -> None:
+    figures = launch("lightning_fit.py", processes, CHECKPOINTS=str(tmp_path))
+    assert sorted(figures) == ["ddp", "model parallel", "whole checkpoint"]
+    for of_strategy in figures.values():
+        assert of_strategy["adam_mini"] <= CLOSE
+        assert of_strategy["adam_mini moved"] > 1e-3
+        # DDP cuts gradients into other buckets at the first step, and adds three processes up in another order.
+        exact = of_strategy.get("adamw resumed", 0.0) == 0.0
+        assert of_strategy["adam_mini resumed"] <= (0.0 if exact else CLOSE)
+    for name in ("ddp", "model parallel"):
+        assert figures[name]["adamw"] <= 1e-3
+        assert figures[name]["adamw moved"] > 1e-3
+
+
+def test_fsdp1_is_refused(on_2: dict[str, Any]) -> None:
+    for when, said in on_2["refused"].items():
+        assert "use FSDP2 (fully_shard in torch, fsdp_version: 2 in accelerate, ModelParallelStrategy" in said, when
+        assert "FSDP1" in said, when
+
+
+# --- which blocks are cut, for processes that need not be there -------------------------------------
+
+
+def parts_of(shape: tuple[int, ...], mesh: tuple[int, ...], placements: Sequence[Any]) -> dict[tuple[int, ...], Tensor]:
+    """The element numbers that each process of a mesh holds, cut one dimension of the mesh after another."""
+    parts = {(): torch.arange(math.prod(shape)).view(shape)}
+    for size, placement in zip(mesh, placements):
+        finer = {}
+        for coordinate, part in parts.items():
+            cut = [part] * size
+            if isinstance(placement, Shard):
+                chunks = list(part.chunk(size, placement.dim))
+                empty = part.narrow(placement.dim, 0, 0)
+                cut = chunks + [empty] * (size - len(chunks))
+            finer.update({(*coordinate, i): of_process for i, of_process in enumerate(cut)})
+        parts = finer
+    return parts
+
+
+@given(layouts(), st.lists(st.integers(1, 3), min_size=1, max_size=3), st.data())
+def test_shares_of_all_processes_add_up_to_the_block_means(
+    layout: Layout, mesh: list[int], data: st.DataObject
+) -> None:
+    shape = shape_for(layout)
+    placement = st.sampled_from([Replicate(), Shard(0), Shard(1)])
+    placements = tuple(data.draw(placement) for _ in mesh)
+    grad = torch.arange(1.0, 1 + math.prod(shape), dtype=torch.float64).view(shape)
+    expected = layout.block_mean(grad.square().mean([a for a in (0, 1) if a not in layout.axes], keepdim=True))
+    parts = parts_of(shape, tuple(mesh), placements)
+    device = torch.device("cpu")
+    cuts = {c: find_cuts(layout, shape, tuple(mesh), c, placements, device) for c in parts}
+    if None in cuts.values():
+        # Nothing to add up: rows are blocks and whole, or every process has all of it.
+        assert set(cuts.values()) == {None}
+        for part in parts.values():
+            whole_rows = all(len(part) == 0 or part.shape[a] == shape[a] for a in (0, 1) if a not in layout.axes)
+            assert (layout.is_each_row and whole_rows) or part.shape == shape
+        return
+    shares = {}
+    for coordinate, part in parts.items():
+        parameter = torch.empty(shape, dtype=torch.float64)
+        shares[coordinate] = sharding._share(grad.flatten()[part], parameter, layout, cuts[coordinate])
+    for dim in range(len(mesh)):
+        summed = {}
+        for coordinate, share in shares.items():
+            if dim in cuts[coordinate].dims:
+                group = [(*coordinate[:dim], i, *coordinate[dim + 1 :]) for i in range(mesh[dim])]
+                assert all(torch.equal(cuts[c].reduced, cuts[coordinate].reduced) for c in group)
+                share = share.clone()
+                for other in group:
+                    if other != coordinate:
+                        share[cuts[coordinate].reduced] += shares[other][cuts[coordinate].reduced]
+            summed[coordinate] = share
+        shares = summed
+    rows = torch.arange(layout.rows).view(layout.state_shape(shape)).expand(shape).flatten()
+    for coordinate, part in parts.items():
+        mine = shares[coordinate][cuts[coordinate].first]
+        assert len(mine) == math.prod(layout.state_shape(part.shape))
+        torch.testing.assert_close(mine, expected.flatten()[cuts[coordinate].rows])
+        assert set(rows[part.flatten()].tolist()) <= set(cuts[coordinate].rows.tolist())
+
+
+def test_no_more_is_added_up_than_blocks_are_cut() -> None:
+    def reduced(text: str, shape: tuple[int, ...], processes: int) -> int:
+        found = find_cuts(Layout.parse(text), shape, (processes,), (0,), (Shard(0),), torch.device("cpu"))
+        return 0 if found is None else len(found.reduced)
+
+    assert reduced("0: 32 (64)", (2048, 64), 32) == 0  # a head a process
+    assert reduced("0: 32 (64)", (2048, 64), 64) == 32  # half a head a process
+    assert reduced("0: 32 (64)", (2048, 64), 3) == 2  # cuts inside heads 10 and 21
+    assert reduced("0: 8 | (64) + 8 | (64) + 8 | 64", (1536, 64), 5) == 3  # at 116, 40, 156 and 80 of 192
+    assert reduced("0: 1000", (1000, 64), 7) == 0
+    assert reduced("1: 1000", (64, 1000), 7) == 1000
+
+
+def test_fsdp_inside_tensor_parallelism_cuts_from_the_right() -> None:
+    # torch's documentation of _StridedShard has these rows: tensor parallelism halves 8 rows, FSDP each half.
+    layout, placements = Layout.whole(8), (_StridedShard(0, split_factor=2), Shard(0))
+    for coordinate, rows in {(0, 0): [0, 1], (0, 1): [4, 5], (1, 0): [2, 3], (1, 1): [6, 7]}.items():
+        cuts = find_cuts(layout, (8, 3), (2, 2), coordinate, placements, torch.device("cpu"))
+        assert cuts.rows.tolist() == rows
+        assert (cuts.reduced.tolist(), cuts.dims) == ([0], (0, 1))
