@@ -26,6 +26,8 @@ import checkpoints
 import workers
 from launch import launch
 
+pytestmark = pytest.mark.xdist_group("engines")  # one launch at a time, and each of them once
+
 # The largest difference of a parameter from one process, after 5 steps.
 CLOSE = 1e-6
 
