@@ -36,7 +36,6 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from adam_mini_plugins.callbacks.hf import OptimizerMemoryCallback
 from matplotlib import pyplot as plt
 from rich import box
 from rich.console import Console
@@ -48,6 +47,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 import adam_mini_plugins.hf  # makes optim="adam_mini" known to transformers
+from adam_mini_plugins.callbacks.hf import OptimizerMemoryCallback
 
 END_OF_TEXT = "<|endoftext|>"
 HOLD_OUT_EVERY = 20  # of so many documents one is for validation
