@@ -8,7 +8,7 @@ trainer, and a second one reports the memory. Both runs start from the same weig
 
 Without a network there is no model to start from, so that a small Llama first reads the source code of Python's
 standard library for a minute; what it is then tuned to is the English of the language reference, as ``help()`` has it.
-It ends with a table, a plot and Lightning's logs in ``runs/lightning_finetune/``, in about three minutes on two cores.
+It ends with a table, a plot and Lightning's logs in ``runs/lightning_finetune/``, in two minutes on two cores.
 
 With a network and a GPU, on a model and texts from the hub:
 
