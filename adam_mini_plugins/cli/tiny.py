@@ -56,8 +56,18 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"max_position_embeddings|n_positions|max_\w*position\w*|n_ctx|max_sequence_length|max_seq_len|block_size", 64),
     (r"image_size", 32),
 )
-COMMON = {f.name for f in dataclasses.fields(PreTrainedConfig)} - {"id2label"}
 NOT_FIELDS = ("self", "args", "kwargs")
+
+
+def _declared(cls: type) -> dict[str, Any]:
+    """The fields of a config class and their defaults; older configs are no dataclasses."""
+    if dataclasses.is_dataclass(cls):
+        return {f.name: f.default for f in dataclasses.fields(cls)}
+    signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+    return {name: p.default for name, p in signature.parameters.items() if name not in NOT_FIELDS}
+
+
+COMMON = set(_declared(PreTrainedConfig)) - {"id2label"}
 MAX_ELEMENTS = 150_000_000
 
 
@@ -94,14 +104,14 @@ class Tiny:
     @staticmethod
     def _switches(like: PreTrainedConfig) -> dict[str, Any]:
         """The flags and choices in which a config is not its class's default, such as ``multi_query``."""
-        plain, declared = type(like)(), (f.name for f in dataclasses.fields(type(like)))
+        plain, declared = type(like)(), _declared(type(like))
         given = {name: get(like, name) for name in declared if name not in COMMON and not name.startswith("_")}
         return {n: v for n, v in given.items() if isinstance(v, bool | str | float) and v != get(plain, n)}
 
     def fields(self, default: PreTrainedConfig) -> dict[str, Any]:
         """The fields that change, by name."""
         cls = type(default)
-        declared = {f.name: f.default for f in dataclasses.fields(cls)}
+        declared = _declared(cls)
         names = [n for n in declared if n not in COMMON and not n.startswith("_")]
         names += [n for n in inspect.signature(cls.__init__).parameters if n not in (*names, *COMMON, *NOT_FIELDS)]
         kwargs: dict[str, Any] = {}
