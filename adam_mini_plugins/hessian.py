@@ -156,7 +156,7 @@ def _slices(role: str, layout: Layout) -> list[tuple[str, Layout, Tensor]]:
     index = torch.arange(layout.rows)
     parts = [Layout(layout.axes, (grid,)) for grid in layout.grids]
     names = [f"{role}[{number}]" for number in range(len(parts))]
-    return [(name, part, rows.flatten()) for name, part, (_, rows) in zip(names, parts, layout._split(index))]
+    return [(name, part, rows.flatten()) for name, part, (_, rows) in zip(names, parts, layout.split(index))]
 
 
 def _head_size(partition: Partition, name: str) -> int:

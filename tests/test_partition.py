@@ -442,3 +442,11 @@ def test_a_wrapped_model_has_its_blocks_and_roles(name: str, head: str) -> None:
     expected = {f"model.{e.name}": (e.role, e.layout) for e in partition(model).values()}
     assert {n: (wrapped[n].role, wrapped[n].layout) for n in wrapped} == expected
     assert wrapped[f"model.{head}"].role == "output"
+
+
+def test_it_is_said_where_no_attention_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="adam_mini_plugins"):
+        assert partition(nn.Sequential(nn.Linear(4, 4))).scheme == "tensor"
+    assert [record.getMessage() for record in caplog.records] == [
+        "no attention is known in Sequential: one block a tensor, by scheme='auto'"
+    ]

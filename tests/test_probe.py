@@ -437,3 +437,13 @@ def test_x_transformers() -> None:
     by_role = {blocks[name].role: (name, str(blocks[name].layout)) for name in blocks}
     assert by_role["query"][1] == f"0: {HEADS} ({DIM})"
     assert by_role["key"][1] == f"0: {KEY_HEADS} ({DIM})"
+
+
+def test_a_softmax_without_an_axis_is_passed_over() -> None:
+    class Old(NanoGPT):
+        def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            with pytest.warns(UserWarning, match="Implicit dimension"):
+                F.softmax(x)
+            return super().heads(x)
+
+    assert partition(Old(), probe=batch()).num_blocks("mix.weight") == 2 * HEADS + WIDTH

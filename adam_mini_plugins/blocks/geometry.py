@@ -204,7 +204,7 @@ def _number(module: nn.Module, configs: tuple[Any, ...], names: tuple[str, ...])
         for name in names:
             try:
                 number = getattr(place, name, None)
-            except Exception:  # a config whose layers differ refuses to name one number for all of them
+            except RuntimeError:  # a config whose layers differ refuses to name one number for all of them
                 continue
             if isinstance(number, int) and not isinstance(number, bool) and number > 0:
                 return Number(number, f"{type(place).__name__}.{name}", own=place is module)

@@ -145,7 +145,7 @@ class Layout:
             return row_means
         slices = [
             part.mean(grid.merged_axes, keepdim=True).expand(grid.sizes) if grid.merged_axes else part
-            for grid, part in self._split(row_means)
+            for grid, part in self.split(row_means)
         ]
         return self._join(slices).view(row_means.shape)
 
@@ -164,7 +164,7 @@ class Layout:
             first += grid.num_blocks
         return self._join(slices).view(self.state_shape(shape))
 
-    def _split(self, rows: Tensor) -> list[tuple[Grid, Tensor]]:
+    def split(self, rows: Tensor) -> list[tuple[Grid, Tensor]]:
         """Cuts the rows into the slices, each shaped as its grid."""
         turns = rows.reshape(self._turns, -1)
         widths = [math.prod(grid.sizes[self.interleave :]) for grid in self.grids]
@@ -172,7 +172,7 @@ class Layout:
         return [(grid, part.reshape(grid.sizes)) for grid, part in zip(self.grids, parts)]
 
     def _join(self, slices: list[Tensor]) -> Tensor:
-        """Undoes :meth:`_split`: all rows, in their order in the tensor."""
+        """Undoes :meth:`split`: all rows, in their order in the tensor."""
         if len(slices) == 1:
             return slices[0].reshape(-1)
         return torch.cat([part.reshape(self._turns, -1) for part in slices], dim=1).reshape(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from .geometry import GeometryError, Slices
 from .layout import Layout
 from .probe import Probe, ProbeError, probe_model
 from .rules import HESSIAN_RULES, TENSOR_RULES, Facts, Rule, Site, first_match, has_attention, output_axis
+
+logger = logging.getLogger(__name__)
 
 UserRule = tuple[str, "str | Layout"]
 
@@ -180,6 +183,8 @@ def partition(
     seen = _probed(model, probe)
     if scheme == "auto":
         scheme = "hessian" if seen.heads or has_attention(model) else "tensor"
+        if scheme == "tensor":
+            logger.info("no attention is known in %s: one block a tensor, by scheme='auto'", type(model).__name__)
     default_rules = HESSIAN_RULES if scheme == "hessian" else TENSOR_RULES
     facts = _facts(model, value)
     modules = dict(model.named_modules(remove_duplicate=False))

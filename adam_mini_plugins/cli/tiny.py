@@ -293,7 +293,7 @@ def get(config: Any, name: str, default: Any = None) -> Any:
     """A field of a config, the default where it has none or one for each layer."""
     try:
         return getattr(config, name, default)
-    except Exception:
+    except RuntimeError:  # a config whose layers differ refuses to name one value for all of them
         return default
 
 
