@@ -51,6 +51,26 @@ def test_the_block_mean_is_the_mean_over_the_rows_of_a_block(layout: Layout) -> 
     torch.testing.assert_close(layout.block_mean(values), expected)
 
 
+@given(layouts())
+def test_spans_are_runs_of_blocks_of_consecutive_rows(layout: Layout) -> None:
+    index = layout.block_index(shape_for(layout)).flatten().tolist()
+    if layout.spans is None:
+        return
+    runs = [range(s.start + b * s.size, s.start + (b + 1) * s.size) for s in layout.spans for b in range(s.blocks)]
+    assert [row for run in runs for row in run] == list(range(layout.rows))
+    assert len(runs) == layout.num_blocks
+    assert all(len({index[row] for row in run}) == 1 for run in runs)
+
+
+def test_spans_of_what_models_have() -> None:
+    assert Layout.parse("0: 8 (64)").spans == ((0, 8, 64),)
+    assert Layout.parse("0: 8 (64) + 2 (64) + 128").spans == ((0, 8, 64), (512, 2, 64), (640, 128, 1))
+    assert Layout.parse("0: 2 | (2) + 2 | 3").spans == ((0, 1, 2), (2, 3, 1), (5, 1, 2), (7, 3, 1))
+    assert Layout.parse("0: (512)").spans == ((0, 1, 512),)
+    assert Layout.parse(": ").spans == ((0, 1, 1),)
+    assert Layout.parse("0: (64) 8").spans is None  # head fastest
+
+
 @settings(max_examples=30)
 @given(st.lists(sizes, min_size=0, max_size=3))
 def test_elements_are_blocks_of_one(shape: list[int]) -> None:

@@ -15,6 +15,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +60,20 @@ class Grid:
         tokens = re.findall(r"\(\d+\)|\d+", text)
         sizes = tuple(int(token.strip("()")) for token in tokens)
         return cls(sizes, tuple(token.startswith("(") for token in tokens))
+
+
+class Span(NamedTuple):
+    """Blocks that follow one another, of as many rows each.
+
+    Args:
+        start: The first row of the first block.
+        blocks: How many blocks.
+        size: The rows of each of them, which follow one another, too.
+    """
+
+    start: int
+    blocks: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -123,6 +138,23 @@ class Layout:
     def is_each_row(self) -> bool:
         """Whether each row is a block of its own, so that nothing is left to sum over rows."""
         return self.num_blocks == self.rows
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...] | None:
+        """All rows, from the first to the last, as runs of blocks; ``None`` where the rows of a block lie apart."""
+        outer, found, start = self.interleave, [], 0
+        for grid in self.grids:
+            # Consecutive rows are the positions along the last axes; the slices of another turn come in between.
+            inner = [merged for size, merged in zip(grid.sizes[outer:], grid.merged[outer:]) if size > 1]
+            if inner != sorted(inner) or (self._turns > 1 and any(grid.merged[:outer])):
+                return None
+        for _ in range(self._turns):
+            for grid in self.grids:
+                pairs = list(zip(grid.sizes, grid.merged))[outer:]
+                span = Span(start, *(math.prod(s for s, merged in pairs if merged is kind) for kind in (False, True)))
+                found.append(span)
+                start += span.blocks * span.size
+        return tuple(found)
 
     def state_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a second moment that holds one value a row: it broadcasts against ``shape``."""
