@@ -25,7 +25,9 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 NAME = "adam_mini"
-OPTIONS = ("scheme", "value", "state_dtype")
+_OF_PARTITION = ("scheme", "value")
+OPTIONS = (*_OF_PARTITION, "state_dtype", "fused", "stochastic_rounding", "seed")
+_TRUTHS = {"true": True, "false": False}
 
 
 def register() -> None:
@@ -78,17 +80,36 @@ def _adam_mini(context: Any) -> tuple[type[AdamMini], dict[str, Any]]:
             f'optim_args has {", ".join(map(repr, unknown))}, which optim="adam_mini" does not know; '
             f'it knows {", ".join(OPTIONS)}, as in optim_args="value=whole,state_dtype=bfloat16"'
         )
-    options = dict(context.optim_args)
-    state_dtype = options.pop("state_dtype", None)
+    options = {name: _read(name, given) for name, given in context.optim_args.items()}
     trainable_parameters(context.model)  # raises if there are none, where others would train nothing
-    blocks = partition(context.model, **options)
+    blocks = partition(context.model, **{name: options.pop(name) for name in _OF_PARTITION if name in options})
     logger.info("%r", blocks)
     return AdamMini, {
         **context.optimizer_kwargs,
         **context.adam_kwargs,
         "partition": blocks,
-        "state_dtype": state_dtype,
+        **options,
     }
+
+
+def _read(name: str, given: str) -> Any:
+    """The value of an option of AdamMini's or of its partition, which transformers hands on as text.
+
+    Raises:
+        ValueError: It is not what the option takes.
+    """
+    values = {"fused": {**_TRUTHS, "none": None}, "stochastic_rounding": _TRUTHS}.get(name)
+    text = str(given).strip().lower()
+    if values is not None:
+        if text not in values:
+            raise ValueError(f"optim_args has {name}={given}, and {name} is one of {', '.join(values)}")
+        return values[text]
+    if name == "seed":
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError(f"optim_args has seed={given}, and seed is a whole number") from None
+    return given
 
 
 register()
