@@ -104,19 +104,18 @@ def _step_blocks(
     row = tl.load(job + _START) + first * size
     blocks = tl.load(job + _BLOCKS) - first
 
-    block = tl.arange(0, TILE // WIDTH)
-    k = tl.arange(0, WIDTH)
     start = row * columns
-    if WIDTH == 1:
-        count = 1
-        offsets = block[:, None] + k[None, :]
-    else:
-        count = (size * columns).to(tl.int32)
-        if ALIGNED:
-            count = tl.multiple_of(count, 8)
-        offsets = block[:, None] * count + k[None, :]
+    # Runs of blocks of one element are one piece of memory; otherwise a block is what has to be aligned.
+    count = 1 if WIDTH == 1 else (size * columns).to(tl.int32)
     if ALIGNED:
         start = tl.multiple_of(start, 8)
+        if WIDTH == 1:
+            blocks = tl.multiple_of(blocks, 8)
+        else:
+            count = tl.multiple_of(count, 8)
+    block = tl.arange(0, TILE // WIDTH)
+    k = tl.arange(0, WIDTH)
+    offsets = block[:, None] * count + k[None, :]
     exists = block < blocks
     inside = exists[:, None] & (k < count)[None, :]
 
@@ -135,8 +134,8 @@ def _step_blocks(
     m = beta1 * m + rest1 * g
     scale = step_size / (tl.sqrt(v) / root + eps)
     p = p * (1 - lr * weight_decay) - scale[:, None] * m
-    tl.store(m_pointers, m.to(M), mask=inside)
-    tl.store(p_pointers, _rounded(p, start + offsets, key, P, STOCHASTIC), mask=inside)
+    tl.store(m_pointers, _rounded(m, M, 0, 0, False), mask=inside)
+    tl.store(p_pointers, _rounded(p, P, start + offsets, key, STOCHASTIC), mask=inside)
     if size == 1:
         tl.store(averages + block, v, mask=exists)
     else:
@@ -235,8 +234,8 @@ def _descend(
 
     m = beta1 * m + rest1 * g
     p = p * (1 - lr * weight_decay) - step_size / (tl.sqrt(v) / root + eps) * m
-    tl.store(m_pointers, m.to(M), mask=inside)
-    tl.store(p_pointers, _rounded(p, start + k, key, P, STOCHASTIC), mask=inside)
+    tl.store(m_pointers, _rounded(m, M, 0, 0, False), mask=inside)
+    tl.store(p_pointers, _rounded(p, P, start + k, key, STOCHASTIC), mask=inside)
 
 
 @triton.jit
@@ -291,18 +290,21 @@ def _one_minus_power(log_base, exponent):
 
 
 @triton.jit
-def _rounded(value, position, key, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """A value as it is stored: rounded to nearest, or up or down by chance, in proportion to the distances.
+def _rounded(value, DTYPE: tl.constexpr, position, key, STOCHASTIC: tl.constexpr):
+    """A value as it is stored: the nearest there is or, in bfloat16, up or down at random.
 
-    The chance is a hash of the element's position in its tensor and the step's key: it takes no state, and is the
-    same however the work is divided.
+    To cut a bfloat16 out of a float32's bits rounds to nearest (ties to even) or at random, by what is added before.
+    The random bits are a hash of the element's position in its tensor and the step's key.
     """
-    if STOCHASTIC:
+    if DTYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        high = _mixed((position >> 32).to(tl.uint32))
-        noise = _mixed(position.to(tl.uint32) * 0x9E3779B9 + (key ^ high)) >> 16
-        chosen = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        value = tl.where((bits & 0x7F800000) == 0x7F800000, value, chosen)
+        if STOCHASTIC:
+            high = _mixed((position >> 32).to(tl.uint32))
+            added = _mixed((position.to(tl.uint32) * 0x9E3779B9 + key) ^ high) >> 16
+        else:
+            added = 0x7FFF + ((bits >> 16) & 1)
+        cut = ((bits + added) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        value = tl.where((bits & 0x7F800000) == 0x7F800000, value, cut)
     return value.to(DTYPE)
 
 
@@ -324,19 +326,21 @@ def unsupported(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
     """
     tensors = {"parameter": param, "gradient": grad, "momentum": exp_avg, "second moment": exp_avg_sq}
     for name, tensor in tensors.items():
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return f"its {name} is a {type(tensor).__name__}, which has no memory of its own"
         if tensor.device != param.device:
             return f"its {name} is on {tensor.device}, the parameter on {param.device}"
         if not tensor.is_contiguous():
-            return f"its {name} is not contiguous (strides {tensor.stride()})"
-        if tensor.dtype not in (_DTYPES if tensor is not exp_avg_sq else (torch.float32,)):
+            return f"its {name} is not contiguous: strides {tensor.stride()} for shape {tuple(tensor.shape)}"
+        if tensor.dtype not in ((torch.float32,) if tensor is exp_avg_sq else _DTYPES):
             return f"its {name} is {tensor.dtype}"
     if param.device.type != "cuda" and not (_INTERPRETED and param.device.type == "cpu"):
         return f"it is on {param.device}"
     index = _row_index(param.shape, layout.axes)
     if index is None:
-        return f"its rows lie along axes {layout.axes} of shape {tuple(param.shape)}, between others"
+        return f"its rows lie along axes {layout.axes} of shape {tuple(param.shape)}, in between others"
     if index[0] >= 2**31 - _TILE:
-        return f"its rows are {index[0]} elements apart"
+        return f"its rows of {index[0]} elements are too long"
     return None
 
 
@@ -356,7 +360,8 @@ def adam_mini(
     eps: float,
     maximize: bool,
     capturable: bool = False,
-    seeds: Sequence[int] | None = None,
+    stochastic_rounding: bool = False,
+    seeds: Sequence[int] = (),
 ) -> None:
     """Performs one step for a list of tensors, in place, as :func:`adam_mini_plugins.update.adam_mini`.
 
@@ -369,15 +374,15 @@ def adam_mini(
             parameters' device.
         layouts: Blocks.
         block_means: Block means that are known already.
-        lr: Learning rate; a tensor on the parameters' device is read by the kernels.
+        lr: Learning rate. A tensor on the parameters' device is read there, by the kernels.
         beta1: Decay of the momentum.
         beta2: Decay of the second moment.
         weight_decay: Decoupled weight decay.
         eps: Added to the root of the second moment.
         maximize: Ascend instead of descending.
         capturable: Read what changes from step to step on the device, so that a CUDA graph can hold the step.
-        seeds: For each parameter 32 bits that choose the random numbers with which a bfloat16 parameter is rounded
-            up or down; ``None`` rounds to nearest.
+        stochastic_rounding: Round bfloat16 parameters up or down at random instead of to the nearest.
+        seeds: For each parameter 32 bits, from which the random numbers come.
 
     Raises:
         RuntimeError: A CUDA graph is being captured before a first step with these tensors.
@@ -401,14 +406,15 @@ def adam_mini(
         plan = _plan_for(described, device)
         addresses = [
             [p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), count, seed]
-            for p, g, m, v, count, seed in zip(params, grads, exp_avgs, exp_avg_sqs, counts, seeds or [0] * len(params))
+            for p, g, m, v, count, seed in zip(params, grads, exp_avgs, exp_avg_sqs, counts, seeds if stochastic_rounding else [0] * len(params))
         ]
         tensors = plan.tensors(addresses, capturable)
 
         torch._foreach_add_(list(state_steps), 1)
         _average_apart([(grads[i], exp_avg_sqs[i], layouts[i], block_means[i]) for i in plan.apart], beta2)
+        on_device = isinstance(lr, Tensor) and lr.device == device
         arguments = {
-            "lr": lr if isinstance(lr, Tensor) else float(lr),
+            "lr": lr if on_device else float(lr),
             "step": float(step),
             "beta1": float(beta1),
             "rest1": 1.0 - beta1,
@@ -419,9 +425,9 @@ def adam_mini(
             "weight_decay": float(weight_decay),
             "eps": float(eps),
             "sign": -1.0 if maximize else 1.0,
-            "LR_ON_DEVICE": isinstance(lr, Tensor),
+            "LR_ON_DEVICE": on_device,
             "CAPTURABLE": capturable,
-            "STOCHASTIC": seeds is not None,
+            "STOCHASTIC": stochastic_rounding,
         }
         plan.launch(tensors, arguments)
     torch.autograd.graph.increment_version(params)
