@@ -220,7 +220,7 @@ def test_tables_are_made_once_and_addresses_sent_when_they_have_changed(monkeypa
     monkeypatch.setattr(kernels, "_pinned", counted)
     tensors = Tensors([LAYOUTS["row"], LAYOUTS["head"]])
     tensors.step()
-    assert sent == [2 * 1, 2 * 7, 2 * 1, 2 * 7, 2 * 6][-len(sent) :]
+    assert sent == [2, 7, 2, 7, 2 * 6]  # a program and a job in each of two launches, two tensors
     sent.clear()
     tensors.launch(lr=1)
     tensors.launch(lr=0.5, beta1=0.3)
@@ -427,14 +427,13 @@ class Wrapper(Tensor):
 
 
 def test_the_compiler_takes_every_kernel_and_reads_vectors(tmp_path: Path) -> None:
-    """Down to machine code for two architectures: what the interpreter runs, the compiler may yet refuse."""
+    """Down to machine code without a device: what the interpreter runs, the compiler may yet refuse."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
     environment.pop("TRITON_INTERPRET", None)
     script = Path(__file__).with_name("triton_compile.py")
     run = subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True, check=True, timeout=150
     )
-    for name, accesses in json.loads(run.stdout).items():
-        aligned = "aligned" in name.split()
-        assert (accesses["vectors"] > 0) == aligned, name
-        assert accesses["spills"] == 0, name
+    for name, used in json.loads(run.stdout).items():
+        assert used["stack"] == 0, f"{name} spills registers"
+        assert used["vectors"] > 0 or "aligned" not in name.split(), f"{name} reads single numbers"
