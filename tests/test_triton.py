@@ -153,7 +153,9 @@ def test_low_precision_rounds_the_float32_result_once(dtype: torch.dtype, state_
     for grad, exp_avg in zip(tensors.seen[0], tensors.exp_avgs):
         expected = 0.2 * grad.double()
         assert exp_avg.dtype == (state_dtype or dtype)
-        torch.testing.assert_close(exp_avg.double(), expected, rtol=ROUNDING.get(exp_avg.dtype, 1e-6) * 1.001, atol=1e-7)
+        torch.testing.assert_close(
+            exp_avg.double(), expected, rtol=ROUNDING.get(exp_avg.dtype, 1e-6) * 1.001, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("name", ["head", "row of Conv1D", "transposed experts"])
@@ -290,7 +292,9 @@ def test_a_cuda_graph_follows_the_learning_rate() -> None:
     lr = torch.tensor(0.02, device=DEVICE)
     tensors.step(lr=lr, capturable=True)
     twin = Tensors(list(zip([p.shape for p in tensors.params], tensors.layouts)))
-    for of_twin, own in zip(twin.params + twin.exp_avgs + twin.exp_avg_sqs, tensors.params + tensors.exp_avgs + tensors.exp_avg_sqs):
+    for of_twin, own in zip(
+        twin.params + twin.exp_avgs + twin.exp_avg_sqs, tensors.params + tensors.exp_avgs + tensors.exp_avg_sqs
+    ):
         of_twin.copy_(own)
     twin.steps = [torch.ones(()) for _ in twin.params]
     graph = torch.cuda.CUDAGraph()

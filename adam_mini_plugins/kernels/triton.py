@@ -406,7 +406,9 @@ def adam_mini(
         plan = _plan_for(described, device)
         addresses = [
             [p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), count, seed]
-            for p, g, m, v, count, seed in zip(params, grads, exp_avgs, exp_avg_sqs, counts, seeds if stochastic_rounding else [0] * len(params))
+            for p, g, m, v, count, seed in zip(
+                params, grads, exp_avgs, exp_avg_sqs, counts, seeds if stochastic_rounding else [0] * len(params)
+            )
         ]
         tensors = plan.tensors(addresses, capturable)
 
