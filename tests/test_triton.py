@@ -102,8 +102,7 @@ class Tensors:
         assert sum(int((~store.isnan()).sum()) for store in self._stores) == inside
 
 
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize(("offset", "maximize"), [(0, False), (1, True)], ids=["aligned", "unaligned"])
 def test_every_kind_of_block_follows_the_paper(offset: int, maximize: bool) -> None:
     tensors = Tensors(list(LAYOUTS.values()), offset=offset)
     for _ in range(3):
@@ -129,7 +128,7 @@ def test_long_blocks_take_three_phases_and_many_programs() -> None:
     tensors.check()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(layouts(), layouts(), st.integers(0, 1))
 def test_any_layout_follows_the_paper(one: Layout, other: Layout, offset: int) -> None:
     with small_programs():
@@ -354,7 +353,7 @@ def test_stochastic_rounding_is_right_on_average_and_leaves_infinity_and_nan() -
     assert result[3, :2].tolist() == [torch.inf, -torch.inf]
     assert result[3, 2].isnan()
     assert set(result[:3].flatten().tolist()) == {1.0, 1 + 2**-7}
-    # Of 6144 numbers the share that goes up has a standard deviation of 0.006.
+    # Of 6144 numbers, the share that goes up has a standard deviation of 0.006.
     assert abs((result[:3].mean().item() - 1) * 2**7 - 0.3) < 0.02
 
 
@@ -374,7 +373,7 @@ def test_elements_beyond_32_bits_are_found(kernel: str) -> None:
     starts = [t.data_ptr() - far * columns * t.element_size() for t in (p, g, m)]
     table = torch.tensor([[*starts, v.data_ptr() - far * 4, 0, 99]], device=DEVICE)
     beta2 = 0.75 if kernel == "_step_blocks" else 1.0
-    numbers = {"lr": 0.5, "step": 1.0, "weight_decay": 0.0, "eps": 0.0, "sign": 1.0}
+    numbers = {"lr": 0.5, "step": 1.0, "weight_decay": 0.0, "eps": 1e-30, "sign": 1.0}
     numbers |= {"beta1": 0.0, "rest1": 1.0, "log_beta1": -math.inf}
     numbers |= {"beta2": beta2, "rest2": 1 - beta2, "log_beta2": -math.inf}
     launch(table, {**numbers, "LR_ON_DEVICE": False, "CAPTURABLE": False, "STOCHASTIC": True})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from tempfile import NamedTemporaryFile
 from typing import Any
 
@@ -71,7 +72,7 @@ def main() -> None:
         code = compiled(kernel, architecture, warps, **options).asm
         vectors = len(re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.v4", code["ptx"]))
         report[name] = {"vectors": vectors, **resources(code["cubin"])}
-    print(json.dumps(report, indent=1))
+    json.dump(report, sys.stdout, indent=1)
 
 
 if __name__ == "__main__":

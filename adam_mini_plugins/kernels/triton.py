@@ -283,10 +283,11 @@ def _rates(
 def _one_minus_power(log_base, exponent):
     """``1 - base**exponent`` to the last bits of float32: near 0, where the difference loses them, by the series."""
     x = log_base * exponent
+    near = tl.maximum(x, -1.0)
     series = 1.0
     for i in tl.static_range(11):
-        series = 1 + x / (12 - i) * series
-    return tl.where(x > -1, -x * series, 1 - tl.exp(x))
+        series = 1 + near / (12 - i) * series
+    return tl.where(x > -1, -near * series, 1 - tl.exp(x))
 
 
 @triton.jit
@@ -404,12 +405,9 @@ def adam_mini(
             for p, g, m, layout, means in zip(params, grads, exp_avgs, layouts, block_means)
         )
         plan = _plan_for(described, device)
-        addresses = [
-            [p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), count, seed]
-            for p, g, m, v, count, seed in zip(
-                params, grads, exp_avgs, exp_avg_sqs, counts, seeds if stochastic_rounding else [0] * len(params)
-            )
-        ]
+        members = zip(params, grads, exp_avgs, exp_avg_sqs)
+        numbers = zip(counts, seeds if stochastic_rounding else [0] * len(params))
+        addresses = [[*(t.data_ptr() for t in member), *more] for member, more in zip(members, numbers)]
         tensors = plan.tensors(addresses, capturable)
 
         torch._foreach_add_(list(state_steps), 1)
