@@ -35,8 +35,7 @@ Sums are added up in a fixed order, without atomics: the same step gives the sam
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -394,23 +393,19 @@ def adam_mini(
     with torch.cuda.device_of(params[0]):
         if _capturing(device) and not capturable:
             raise RuntimeError("a CUDA graph is being captured, which needs an optimizer with capturable=True")
+        pointers = [[t.data_ptr() for t in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
         if capturable:
-            step, counts = 0.0, [count.data_ptr() for count in state_steps]
+            step, steps = 0.0, [count.data_ptr() for count in state_steps]
         else:
             taken = [count.item() for count in state_steps]
             step = max(taken) + 1
-            counts = [int(step - 1 - count) for count in taken]
-        described = tuple(
-            _Described(layout, p.shape, p.dtype, g.dtype, m.dtype, means is not None, _aligned(p, g, m))
-            for p, g, m, layout, means in zip(params, grads, exp_avgs, layouts, block_means)
-        )
-        plan = _plan_for(described, device)
-        members = zip(params, grads, exp_avgs, exp_avg_sqs)
-        numbers = zip(counts, seeds if stochastic_rounding else [0] * len(params))
-        addresses = [[*(t.data_ptr() for t in member), *more] for member, more in zip(members, numbers)]
-        tensors = plan.tensors(addresses, capturable)
+            steps = [int(step - 1 - count) for count in taken]
+        plan = _plan_for(device, params, grads, exp_avgs, layouts, block_means, pointers)
+        columns = [*pointers, steps, list(seeds) if stochastic_rounding else [0] * len(params)]
+        tensors = plan.tensors(columns, capturable)
 
-        torch._foreach_add_(list(state_steps), 1)
+        # The one to be added is a tensor, lest the loop that this is on a CPU makes one of it for every count.
+        torch._foreach_add_(list(state_steps), torch.tensor(1.0), alpha=1.0)
         _average_apart([(grads[i], exp_avg_sqs[i], layouts[i], block_means[i]) for i in plan.apart], beta2)
         on_device = isinstance(lr, Tensor) and lr.device == device
         arguments = {
@@ -446,24 +441,6 @@ def _average_apart(members: Sequence[tuple[Tensor, Tensor, Layout, Tensor | None
         means.append(known)
     torch._foreach_mul_(averages, beta2)
     torch._foreach_add_(averages, means, alpha=1 - beta2)
-
-
-class _Described(NamedTuple):
-    """All that decides which programs a tensor needs."""
-
-    # Equal layouts are one object as a rule (Layout.parse keeps them), and then compared by identity first.
-    layout: Layout
-    shape: torch.Size
-    param: torch.dtype
-    grad: torch.dtype
-    exp_avg: torch.dtype
-    has_means: bool
-    aligned: bool
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether vectors of 16 bytes can be read from where the tensors begin."""
-    return not any(tensor.data_ptr() % 16 for tensor in tensors)
 
 
 @lru_cache(maxsize=4096)
@@ -532,39 +509,49 @@ class _Launch:
 class _Plan:
     """The launches of a step, which depend on shapes alone, and the addresses of its tensors as last seen."""
 
-    def __init__(self, described: Sequence[_Described], device: torch.device) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        shapes: Iterable[tuple[int, ...]],
+        dtypes: Iterable[tuple[torch.dtype, ...]],
+        layouts: Sequence[Layout],
+        has_means: Iterable[bool],
+        aligned: Iterable[bool],
+    ) -> None:
         # Tensors whose block means are known already, or take torch's operations to know.
         self.apart: list[int] = []
         short: dict[tuple, list[_Job]] = {}
         long: dict[tuple, list[_Job]] = {}
         rest: dict[tuple, list[_Job]] = {}
         sums = 0
-        for number, tensor in enumerate(described):
-            if 0 in tensor.shape:
+        for number, (shape, types, layout, with_means, vectors) in enumerate(
+            zip(shapes, dtypes, layouts, has_means, aligned)
+        ):
+            if 0 in shape:
                 continue
-            dtypes = _DTYPES[tensor.param], _DTYPES[tensor.grad], _DTYPES[tensor.exp_avg]
-            columns, period = _row_index(tensor.shape, tensor.layout.axes)  # type: ignore[misc]
-            rows = math.prod(tensor.layout.state_shape(tensor.shape))
+            kinds = tuple(_DTYPES[dtype] for dtype in types)
+            columns, period = _row_index(shape, layout.axes)  # type: ignore[misc]
+            rows = math.prod(layout.state_shape(shape))
             # The layout of a shard may be that of the whole tensor: rows that are blocks are so wherever they lie.
-            spans = (Span(0, rows, 1),) if tensor.layout.is_each_row else tensor.layout.spans
-            if tensor.has_means or period > 1 or spans is None:
-                elements = math.prod(tensor.shape)
+            spans = (Span(0, rows, 1),) if layout.is_each_row else layout.spans
+            if with_means or period > 1 or spans is None:
+                elements = math.prod(shape)
                 self.apart.append(number)
                 job = _Job(number, 0, 1, elements // columns, columns, period, 0)
-                rest.setdefault((*dtypes, tensor.aligned and elements % 8 == 0), []).append(job)
+                rest.setdefault((*kinds, vectors and elements % 8 == 0), []).append(job)
                 continue
             for span in spans:
                 count = span.size * columns
                 job = _Job(number, *span, columns, period, sums)
                 # Vectors of 8 elements must not reach across the ends of blocks; blocks of one element are one piece.
                 unit = count if count > 1 else span.blocks
-                aligned = tensor.aligned and unit % 8 == 0 and span.start * columns % 8 == 0
+                whole = vectors and unit % 8 == 0 and span.start * columns % 8 == 0
                 if count <= _LONGEST:
-                    short.setdefault((*dtypes, aligned, triton.next_power_of_2(count)), []).append(job)
+                    short.setdefault((*kinds, whole, triton.next_power_of_2(count)), []).append(job)
                 else:
                     sums += span.blocks * triton.cdiv(count, _TILE)
-                    long.setdefault((dtypes[1], aligned), []).append(job)
-                    rest.setdefault((*dtypes, aligned), []).append(job)
+                    long.setdefault((kinds[1], whole), []).append(job)
+                    rest.setdefault((*kinds, whole), []).append(job)
 
         self.sums = torch.empty(sums, device=device)
         self._launches = []
@@ -585,38 +572,41 @@ class _Plan:
             self._launches.append(_Launch(_descend, jobs, programs, device, **options))
 
         self.nbytes = self.sums.nbytes + sum(launch.nbytes for launch in self._launches)
-        self._addresses: list[list[int]] = []
-        self._tensors = torch.empty(len(described), _TENSOR_COLUMNS.value, dtype=torch.int64, device=device)
+        # Kept, so that no other layout takes their place in memory: the plan is found by their ids.
+        self._layouts = list(layouts)
+        self._columns: list[list[int]] = []
+        self._tensors = torch.empty(len(layouts), _TENSOR_COLUMNS.value, dtype=torch.int64, device=device)
         self._stream = _stream(device)
         self._reserve: Tensor | None = None
 
-    def tensors(self, addresses: list[list[int]], capturable: bool) -> Tensor:
+    def tensors(self, columns: list[list[int]], capturable: bool) -> Tensor:
         """The table of tensors on the device, brought up to date.
 
         Args:
-            addresses: Its rows.
+            columns: Its columns.
             capturable: Be ready for the capture of a graph.
         """
         device = self._tensors.device
+        changed = torch.tensor(columns).t().contiguous() if columns != self._columns else None
         if not _capturing(device):
             if (stream := _stream(device)) != self._stream:
                 stream.wait_stream(self._stream)
                 self._stream = stream
-            if addresses != self._addresses:
-                self._tensors.copy_(_pinned(torch.tensor(addresses), device), non_blocking=True)
-                self._addresses = addresses
+            if changed is not None:
+                self._tensors.copy_(_pinned(changed, device), non_blocking=True)
+                self._columns = columns
             if capturable and self._reserve is None:
-                self._reserve = _pinned(torch.tensor(addresses), device)
+                self._reserve = _pinned(torch.zeros(self._tensors.shape, dtype=torch.int64), device)
             return self._tensors
         if self._reserve is None:
             raise RuntimeError(_NO_WARM_UP)
         # A graph reads its tables at every replay, and nothing tells when it is gone. New addresses, as of gradients
         # made during the capture, are its own, in memory that was pinned before: during a capture none can be.
         _CAPTURED.append((self, self._reserve))
-        if addresses == self._addresses:
+        if changed is None:
             return self._tensors
         pinned, self._reserve = self._reserve, None
-        return pinned.copy_(torch.tensor(addresses)).to(device, non_blocking=True)
+        return pinned.copy_(changed).to(device, non_blocking=True)
 
     def launch(self, tensors: Tensor, arguments: dict[str, Any]) -> None:
         """Starts all kernels.
@@ -629,7 +619,7 @@ class _Plan:
             launch(tensors, {**arguments, "sums": self.sums})
 
 
-_PLANS: OrderedDict[tuple, _Plan] = OrderedDict()
+_PLANS: dict[tuple, _Plan] = {}
 _CAPTURED: list[tuple[_Plan, Tensor]] = []
 _NO_WARM_UP = (
     "a CUDA graph is being captured, but the tables of this step are not on the device yet: take a step outside the "
@@ -637,18 +627,29 @@ _NO_WARM_UP = (
 )
 
 
-def _plan_for(described: tuple[_Described, ...], device: torch.device) -> _Plan:
-    """The plan of a step, made when it is first needed; those last used are kept."""
-    key = (device, described)
+def _plan_for(
+    device: torch.device,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    block_means: Sequence[Tensor | None],
+    pointers: Sequence[Sequence[int]],
+) -> _Plan:
+    """The plan of a step, made when it is first needed; the newest are kept."""
+    shapes = tuple([p.shape for p in params])
+    dtypes = tuple([(p.dtype, g.dtype, m.dtype) for p, g, m in zip(params, grads, exp_avgs)])
+    has_means = tuple([means is not None for means in block_means])
+    aligned = tuple([(p | g | m) % 16 == 0 for p, g, m, _ in zip(*pointers)])  # as vectors of 16 bytes have to be
+    key = (device, shapes, dtypes, tuple(map(id, layouts)), has_means, aligned)
     plan = _PLANS.get(key)
     if plan is None:
         if _capturing(device):
             raise RuntimeError(_NO_WARM_UP)
-        plan = _PLANS[key] = _Plan(described, device)
+        plan = _PLANS[key] = _Plan(device, shapes, dtypes, layouts, has_means, aligned)
         kept = sum(other.nbytes for other in _PLANS.values()) - plan.nbytes
         while kept > _KEPT:
-            kept -= _PLANS.popitem(last=False)[1].nbytes
-    _PLANS.move_to_end(key)
+            kept -= _PLANS.pop(next(iter(_PLANS))).nbytes
     return plan
 
 
