@@ -404,8 +404,11 @@ def adam_mini(
         columns = [*pointers, steps, list(seeds) if stochastic_rounding else [0] * len(params)]
         tensors = plan.tensors(columns, capturable)
 
-        # The one to be added is a tensor, lest the loop that this is on a CPU makes one of it for every count.
-        torch._foreach_add_(list(state_steps), torch.tensor(1.0), alpha=1.0)
+        if capturable:
+            torch._foreach_add_(list(state_steps), 1)
+        else:
+            # On a CPU this is a loop, which would make a tensor of a number for every count.
+            torch._foreach_add_(list(state_steps), torch.tensor(1.0), alpha=1.0)
         _average_apart([(grads[i], exp_avg_sqs[i], layouts[i], block_means[i]) for i in plan.apart], beta2)
         on_device = isinstance(lr, Tensor) and lr.device == device
         arguments = {
