@@ -22,8 +22,7 @@ from torch import Tensor
 
 from adam_mini_plugins import Layout
 
-if sys.platform != "linux":
-    pytest.skip("triton has wheels for Linux alone", allow_module_level=True)
+pytest.importorskip("triton", minversion="3.4", reason="needs triton, of a version whose interpreter knows numpy 2")
 
 import triton.language as tl
 
@@ -42,7 +41,7 @@ def _no_plans() -> None:
 def small_programs() -> Iterator[None]:
     """Lengths by which tiny tensors take many programs, and blocks of more than 16 elements three phases."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"_TILE": 32, "_LONGEST": 16, "_ROWS": 4}.items():
+        for name, value in {"_TILE": 64, "_LONGEST": 16, "_ROWS": 8}.items():
             patch.setattr(kernels, name, value)
         yield
 
@@ -116,6 +115,7 @@ def test_long_blocks_take_three_phases_and_many_programs() -> None:
         ((24, 8), Layout.groups(3, 8)),
         ((77,), Layout.whole(77)),
         ((3, 40), Layout.each_row(3)),
+        ((5, 30), Layout.groups(10, 3, (1,))),
         ((70,), Layout.elements((70,))),
         ((0, 3), Layout.each_row(0)),
     ]
@@ -128,7 +128,7 @@ def test_long_blocks_take_three_phases_and_many_programs() -> None:
     tensors.check()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(layouts(), layouts(), st.integers(0, 1))
 def test_any_layout_follows_the_paper(one: Layout, other: Layout, offset: int) -> None:
     with small_programs():
@@ -185,12 +185,12 @@ def test_every_tensor_has_its_own_bias_correction_right_to_float32(beta1: float,
     for step, v, count in zip(tensors.steps, tensors.exp_avg_sqs, counts):
         step.fill_(count)
         v.fill_(0.5)
-    tensors.step(beta1=beta1, beta2=beta2, weight_decay=0)
+    tensors.step(lr=1.0, beta1=beta1, beta2=beta2, weight_decay=0)
     for before, grad, result, count in zip(tensors.before, tensors.grads, tensors.params, counts):
         p, g = before.double(), grad.double()
         m, v = (1 - beta1) * g, beta2 * 0.5 + (1 - beta2) * g * g
         denominator = v.sqrt() / math.sqrt(1 - beta2 ** (count + 1)) + 1e-6
-        expected = p - 0.02 / (1 - beta1 ** (count + 1)) * m / denominator
+        expected = p - 1 / (1 - beta1 ** (count + 1)) * m / denominator
         torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
     assert [int(step) for step in tensors.steps] == [count + 1 for count in counts]
 
