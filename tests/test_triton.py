@@ -343,15 +343,16 @@ def test_stochastic_rounding_is_that_of_the_formula(name: str) -> None:
 
 
 def test_stochastic_rounding_is_right_on_average_and_leaves_infinity_and_nan() -> None:
-    tensors = Tensors([((4, 2048), Layout.each_row(4))], torch.bfloat16)
+    tensors = Tensors([((4, 2048), Layout.each_row(4))], torch.bfloat16, torch.float32)
     value = 1 + 2**-7 * 0.3  # between 1 and the next number
     tensors.params[0].fill_(1.0)
     tensors.params[0][3, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    tensors.exp_avgs[0].view(torch.int32)[3, 3] = 0x7FFFFFFF  # the NaN that GPUs make: nothing can be added to it
     tensors.grads = [torch.full_like(tensors.params[0], -1.0)]
     tensors.launch(lr=value - 1, eps=0.0, weight_decay=0.0, stochastic_rounding=True, seeds=[7])
     result = tensors.params[0].float()
     assert result[3, :2].tolist() == [torch.inf, -torch.inf]
-    assert result[3, 2].isnan()
+    assert result[3, 2:4].isnan().all()
     assert set(result[:3].flatten().tolist()) == {1.0, 1 + 2**-7}
     # Of 6144 numbers, the share that goes up has a standard deviation of 0.006.
     assert abs((result[:3].mean().item() - 1) * 2**7 - 0.3) < 0.02
@@ -373,12 +374,12 @@ def test_elements_beyond_32_bits_are_found(kernel: str) -> None:
     starts = [t.data_ptr() - far * columns * t.element_size() for t in (p, g, m)]
     table = torch.tensor([[*starts, v.data_ptr() - far * 4, 0, 99]], device=DEVICE)
     beta2 = 0.75 if kernel == "_step_blocks" else 1.0
-    numbers = {"lr": 0.5, "step": 1.0, "weight_decay": 0.0, "eps": 1e-30, "sign": 1.0}
+    numbers = {"lr": 0.3, "step": 1.0, "weight_decay": 0.0, "eps": 1e-30, "sign": 1.0}
     numbers |= {"beta1": 0.0, "rest1": 1.0, "log_beta1": -math.inf}
     numbers |= {"beta2": beta2, "rest2": 1 - beta2, "log_beta2": -math.inf}
     launch(table, {**numbers, "LR_ON_DEVICE": False, "CAPTURABLE": False, "STOCHASTIC": True})
     averages = beta2 * 0.25 + (1 - beta2) * g.float().square().mean(1, keepdim=True)
-    exact = (exact - 0.5 / averages.sqrt() * g.float()).flatten().tolist()
+    exact = (exact - 0.3 / averages.sqrt() * g.float()).flatten().tolist()
     torch.testing.assert_close(v, averages, rtol=1e-6, atol=0)
     for i, (value, result) in enumerate(zip(exact, p.flatten().tolist())):
         # The float32 values may differ in their last bits, on which a rounding hangs once in thousands of times.
