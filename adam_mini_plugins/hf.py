@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from .backward import AdamMiniInBackward
 from .blocks import partition
 from .optimizer import AdamMini, trainable_parameters
 
@@ -25,7 +26,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 NAME = "adam_mini"
-OPTIONS = ("scheme", "value", "state_dtype")
+OPTIONS = ("scheme", "value", "state_dtype", "in_backward")
 
 
 def register() -> None:
@@ -80,15 +81,53 @@ def _adam_mini(context: Any) -> tuple[type[AdamMini], dict[str, Any]]:
         )
     options = dict(context.optim_args)
     state_dtype = options.pop("state_dtype", None)
+    in_backward = _switch("in_backward", options.pop("in_backward", "false"))
+    if in_backward:
+        _check_in_backward(context.args)
     trainable_parameters(context.model)  # raises if there are none, where others would train nothing
     blocks = partition(context.model, **options)
     logger.info("%r", blocks)
-    return AdamMini, {
+    return AdamMiniInBackward if in_backward else AdamMini, {
         **context.optimizer_kwargs,
         **context.adam_kwargs,
         "partition": blocks,
         "state_dtype": state_dtype,
     }
+
+
+def _switch(option: str, text: str) -> bool:
+    """An option that is on or off."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"optim_args has {option}={text}, which must be true or false")
+    return text.lower() == "true"
+
+
+def _check_in_backward(args: Any) -> None:
+    """Raises where the Trainer would want gradients after the backward pass has used them."""
+    wrong = (
+        (
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}",
+            args.gradient_accumulation_steps > 1,
+            "gradients add up over several backward passes: set gradient_accumulation_steps=1",
+        ),
+        (
+            f"max_grad_norm={args.max_grad_norm}",
+            args.max_grad_norm is not None and args.max_grad_norm > 0,
+            "gradients are clipped by the norm of all, which are never there at once: set max_grad_norm=0",
+        ),
+        ("fp16=True", args.fp16, "gradients are scaled back after the backward pass: set bf16=True"),
+        (
+            f"world_size={args.world_size}",
+            args.world_size > 1,
+            "processes share their gradients after the backward pass: train in one process",
+        ),
+        ("deepspeed", args.deepspeed_plugin is not None, "DeepSpeed takes the gradients itself: train without it"),
+    )
+    for setting, is_wrong, why in wrong:
+        if is_wrong:
+            raise ValueError(
+                f"optim_args has in_backward=true, which does not go with {setting}: {why}, or leave in_backward out"
+            )
 
 
 register()

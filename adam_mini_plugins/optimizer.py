@@ -185,11 +185,15 @@ class AdamMini(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step(self.param_groups)
+        return loss
 
-        for group in self.param_groups:
+    def _step(self, groups: list[dict[str, Any]]) -> None:
+        """Steps the parameters of these groups that have a gradient: this optimizer's groups, or parts of them."""
+        for group in groups:
             _check_parameters(group)
-        grads, means = self._reduced()
-        for group in self.param_groups:
+        grads, means = _reduced(groups)
+        for group in groups:
             beta1, beta2 = group["betas"]
             members = [
                 (p, layout, self._state_of(p, layout, group["state_dtype"]))
@@ -211,18 +215,6 @@ class AdamMini(Optimizer):
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
-        return loss
-
-    def _reduced(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-        """Of parameters cut over processes the local gradients, and block means where processes share blocks."""
-        sharded = [
-            (p, Layout.parse(blocks))
-            for group in self.param_groups
-            for p, blocks in zip(group["params"], group["blocks"])
-            # With no gradient here too: another process may have one, and waits for this one.
-            if sharding.is_sharded(p) and (p.requires_grad or p.grad is not None)
-        ]
-        return sharding.gradients_and_means(sharded) if sharded else ({}, {})
 
     def _state_of(self, parameter: Tensor, layout: Layout, state_dtype: str | None) -> dict[str, Tensor]:
         """A parameter's state, made at its first step."""
@@ -318,6 +310,18 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
             "on what is to be trained; with PEFT, load the adapter with is_trainable=True"
         )
     return trainable
+
+
+def _reduced(groups: list[dict[str, Any]]) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+    """Of parameters cut over processes the local gradients, and block means where processes share blocks."""
+    sharded = [
+        (p, Layout.parse(blocks))
+        for group in groups
+        for p, blocks in zip(group["params"], group["blocks"])
+        # With no gradient here too: another process may have one, and waits for this one.
+        if sharding.is_sharded(p) and (p.requires_grad or p.grad is not None)
+    ]
+    return sharding.gradients_and_means(sharded) if sharded else ({}, {})
 
 
 def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
