@@ -44,10 +44,11 @@ class AdamMiniInBackward(AdamMini):
     """
 
     _stepped: set[Tensor]  # since the last call of step()
+    _plan_of: dict[Tensor, Any]  # of each parameter's last step
     _step_supports_amp_scaling = True  # has a GradScaler leave its scale here, for step() to refuse it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._stepped = set()
+        self._stepped, self._plan_of = set(), {}
         super().__init__(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -57,7 +58,7 @@ class AdamMiniInBackward(AdamMini):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stepped = set()
+        self._stepped, self._plan_of = set(), {}
         for number in range(len(self.param_groups)):
             self._take_over(number)
 
@@ -82,7 +83,7 @@ class AdamMiniInBackward(AdamMini):
                 loss = closure()
         late = [n for n, group in enumerate(self.param_groups) if any(p.grad is not None for p in group["params"])]
         if late:
-            self._step(self.param_groups)
+            self._step()
         for number in late:
             self._take_over(number)
         self._stepped.clear()
@@ -116,8 +117,8 @@ class AdamMiniInBackward(AdamMini):
                 "gradients after a step in the backward pass would have used them. Use FSDP2 (fully_shard the model, "
                 "then make the optimizer), or train with AdamMini"
             )
-        members = {key: [group[key][position]] for key in ("params", "param_names", "blocks")}
-        self._step([{**group, **members}])
+        one = {key: [group[key][position]] for key in ("params", "param_names", "blocks")}
+        self._plan_of[parameter] = self._step_groups([{**group, **one}], self._plan_of.get(parameter, ()))
         self._stepped.add(parameter)
         parameter.grad = None
 

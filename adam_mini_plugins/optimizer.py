@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch.optim import Optimizer
 from . import sharding
 from .blocks import Layout, Partition
 from .blocks import partition as make_partition
-from .update import adam_mini, second_moment_dtype
+from .kernels import Members, Plan
+from .rounding import seed_of_tensor
+from .update import second_moment_dtype
 
 _HOW_TO_PARTITION = (
     "pass partition=adam_mini_plugins.partition(model), or build the optimizer with AdamMini.for_model(model, ...)"
@@ -21,6 +24,12 @@ _ENGINES = (
     "AdamMini trains with DistributedDataParallel, FSDP2 and tensor parallelism: use FSDP2 (fully_shard in torch, "
     "fsdp_version: 2 in accelerate, ModelParallelStrategy in Lightning)"
 )
+
+# Options that saved states may be older than, and what the step was without them.
+_NEW_OPTIONS = {"fused": None, "stochastic_rounding": False, "seed": 0, "capturable": False}
+
+# Of each group, what its plan was made for and the plan.
+_Plans = Sequence[tuple[list[Any], Plan]]
 
 
 class AdamMini(Optimizer):
@@ -41,6 +50,14 @@ class AdamMini(Optimizer):
         maximize: Ascend instead of descending.
         state_dtype: The momentum's dtype, as ``torch.bfloat16`` or ``"bfloat16"``; the parameter's
             own by default. The second moment, which is small, is float32 or the parameter's float64.
+        fused: How the step is computed, as with torch's optimizers: ``None`` takes the fastest way that is
+            right for each tensor, ``True`` insists on a fused kernel, ``False`` is plain torch. All ways
+            give the same result to rounding and have the same state.
+        stochastic_rounding: Round bfloat16 parameters at random, so that steps too small for bfloat16
+            count on average (:mod:`adam_mini_plugins.rounding`).
+        seed: What the random numbers for that depend on, besides the step and the parameter's place.
+        capturable: Keep the counts of steps on the parameters' device and read no number from it, so that
+            a CUDA graph can hold the step.
 
     State of each parameter: ``step`` (scalar), ``exp_avg`` (the parameter's shape), ``exp_avg_sq``
     (the shape of :meth:`Layout.state_shape`: extent 1 along all axes but those that number rows).
@@ -50,6 +67,7 @@ class AdamMini(Optimizer):
         ValueError: A hyper-parameter out of range, no parameters, no partition, or a parameter that
             the partition doesn't know or knows by another shape.
         TypeError: Complex parameters.
+        RuntimeError: In the first step, ``fused=True`` where a tensor can't take a fused kernel.
 
     Example::
 
@@ -58,6 +76,9 @@ class AdamMini(Optimizer):
         blocks = partition(model)  # the same in two steps
         optimizer = AdamMini(model.named_parameters(), lr=3e-4, weight_decay=0.1, partition=blocks)
     """
+
+    # Of the last step; found anew wherever they are missing.
+    _plans: _Plans = ()
 
     def __init__(
         self,
@@ -70,6 +91,10 @@ class AdamMini(Optimizer):
         partition: Partition | None = None,
         maximize: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        fused: bool | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        capturable: bool = False,
     ) -> None:
         if partition is None:
             raise ValueError(f"AdamMini needs the blocks of its parameters: {_HOW_TO_PARTITION}")
@@ -83,6 +108,10 @@ class AdamMini(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "state_dtype": state_dtype,
+            "fused": fused,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+            "capturable": capturable,
         }
         _checked_options(defaults)
         super().__init__(params, defaults)
@@ -185,44 +214,89 @@ class AdamMini(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step(self.param_groups)
+
+        self._step()
         return loss
 
-    def _step(self, groups: list[dict[str, Any]]) -> None:
-        """Steps the parameters of these groups that have a gradient: this optimizer's groups, or parts of them."""
-        for group in groups:
-            _check_parameters(group)
-        grads, means = _reduced(groups)
-        for group in groups:
+    @torch._disable_dynamo  # raw pointers and counts that are read: nothing of it can be traced
+    def _step(self) -> None:
+        self._plans = self._step_groups(self.param_groups, self._plans)
+
+    def _step_groups(self, groups: Sequence[dict[str, Any]], plans: _Plans) -> _Plans:
+        """Steps what has a gradient in this optimizer's groups, or parts of them; by the plans of their last step."""
+        steps = self._planned(groups, plans)
+        if steps is None:
+            steps = self._plan(groups)
+            # What processes share is found out anew in every step, with what they have to tell each other.
+            sharded = any(sharding.is_sharded(p) for group in groups for p in group["params"])
+            plans = () if sharded else [(_watched(group), plan) for group, plan, _ in steps]
+        for group, plan, members in steps:
             beta1, beta2 = group["betas"]
-            members = [
-                (p, layout, self._state_of(p, layout, group["state_dtype"]))
-                for p, layout in zip(group["params"], map(Layout.parse, group["blocks"]))
-                if p.grad is not None
-            ]
-            adam_mini(
-                [sharding.local(p) for p, _, _ in members],
-                [grads.get(p, p.grad) for p, _, _ in members],
-                [sharding.local(state["exp_avg"]) for _, _, state in members],
-                [sharding.local(state["exp_avg_sq"]) for _, _, state in members],
-                [state["step"] for _, _, state in members],
-                [layout for _, layout, _ in members],
-                [means.get(p) for p, _, _ in members],
-                lr=float(group["lr"]),
+            plan.step(
+                members,
+                lr=group["lr"],
                 beta1=beta1,
                 beta2=beta2,
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=group["maximize"],
+                capturable=group["capturable"],
             )
+        return plans
 
-    def _state_of(self, parameter: Tensor, layout: Layout, state_dtype: str | None) -> dict[str, Tensor]:
+    def _planned(
+        self, groups: Sequence[dict[str, Any]], plans: _Plans
+    ) -> list[tuple[dict[str, Any], Plan, Members]] | None:
+        """Each group with the plan of its last step and the tensors of this one; ``None`` if a plan is out of date."""
+        if len(plans) != len(groups):
+            return None
+        found = []
+        for group, (watched, plan) in zip(groups, plans):
+            if _watched(group) != watched:
+                return None
+            states = [self.state.get(p) for p in group["params"] if p.grad is not None]
+            if not all(states):
+                return None
+            members = _members(group, states)
+            if not plan.holds(members):
+                return None
+            found.append((group, plan, members))
+        return found
+
+    def _plan(self, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], Plan, Members]]:
+        """Checks all parameters, and finds for each group a plan and the tensors of this step."""
+        for group in groups:
+            _check_parameters(group)
+        grads, means = _reduced(groups)
+        found, seeds = [], self._seeds()
+        for group in groups:
+            active = [
+                (p, name, Layout.parse(blocks))
+                for p, name, blocks in zip(group["params"], group["param_names"], group["blocks"])
+                if p.grad is not None
+            ]
+            states = [self._state_of(p, layout, group) for p, _, layout in active]
+            members = _members(group, states, grads, means)
+            plan = Plan(
+                members,
+                [name for _, name, _ in active],
+                group["fused"],
+                [seeds[p] for p, _, _ in active] if group["stochastic_rounding"] else [],
+            )
+            found.append((group, plan, members))
+        return found
+
+    def _seeds(self) -> dict[Tensor, int]:
+        """For each parameter where the random numbers for rounding start."""
+        members = ((group["seed"], p) for group in self.param_groups for p in group["params"])
+        return {p: seed_of_tensor(seed, number) for number, (seed, p) in enumerate(members)}
+
+    def _state_of(self, parameter: Tensor, layout: Layout, group: dict[str, Any]) -> dict[str, Tensor]:
         """A parameter's state, made at its first step."""
         state = self.state[parameter]
         if not state:
-            dtype = momentum_dtype(parameter, state_dtype)
-            # The count stays on the CPU, as torch's does: reading it must not wait for a device.
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            dtype = momentum_dtype(parameter, group["state_dtype"])
+            state["step"] = torch.zeros((), dtype=torch.float32, device=_device_of_step(parameter, group))
             state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = sharding.new_second_moment(parameter, layout)
         return state
@@ -284,6 +358,10 @@ class AdamMini(Optimizer):
             for parameter, blocks, key in zip(group["params"], group["blocks"], saved["params"]):
                 source = state_dict["state"].get(key)
                 if source:
+                    # A tensor of its own, which a step adds to in place.
+                    self.state[parameter]["step"] = torch.as_tensor(source["step"]).to(
+                        device=_device_of_step(parameter, group), dtype=torch.float32, copy=True
+                    )
                     dtypes = {
                         "exp_avg": momentum_dtype(parameter, group["state_dtype"]),
                         "exp_avg_sq": second_moment_dtype(parameter),
@@ -294,6 +372,13 @@ class AdamMini(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "partition": self.partition}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # What was saved before these options existed goes on as it was.
+        for group in self.param_groups:
+            for option, default in _NEW_OPTIONS.items():
+                group.setdefault(option, self.defaults.get(option, default))
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -312,7 +397,7 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     return trainable
 
 
-def _reduced(groups: list[dict[str, Any]]) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+def _reduced(groups: Iterable[dict[str, Any]]) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
     """Of parameters cut over processes the local gradients, and block means where processes share blocks."""
     sharded = [
         (p, Layout.parse(blocks))
@@ -341,6 +426,10 @@ def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
     for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"betas[{i}] must be at least 0 and less than 1, got {beta}")
+    if options["fused"] not in (None, True, False):
+        raise ValueError(f"fused must be None, True or False, got {options['fused']!r}")
+    if isinstance(options["seed"], bool) or not isinstance(options["seed"], int):
+        raise ValueError(f"seed must be a whole number, got {options['seed']!r}")
     return {"betas": tuple(float(beta) for beta in betas), "state_dtype": dtype_name(options["state_dtype"])}
 
 
@@ -362,6 +451,44 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
 def momentum_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
     """The dtype of a parameter's momentum: the one asked for, or the parameter's own."""
     return parameter.dtype if state_dtype is None else getattr(torch, state_dtype)
+
+
+def _device_of_step(parameter: Tensor, group: dict[str, Any]) -> torch.device:
+    """Where the count of a parameter's steps is: on the CPU, as torch's, since reading it must not wait for a device."""
+    return parameter.device if group["capturable"] else torch.device("cpu")
+
+
+def _watched(group: dict[str, Any]) -> list[Any]:
+    """What of a group a plan hangs on, besides the tensors of a step: a change of it, and all is checked anew."""
+    params = group["params"]
+    options = [group[key] for key in ("fused", "stochastic_rounding", "seed", "state_dtype", "capturable")]
+    return [*options, list(map(id, params)), [p.shape for p in params], list(group["blocks"]), len(group["param_names"])]
+
+
+def _members(
+    group: dict[str, Any],
+    states: Sequence[dict[str, Tensor]],
+    grads: Mapping[Tensor, Tensor] = MappingProxyType({}),
+    means: Mapping[Tensor, Tensor] = MappingProxyType({}),
+) -> Members:
+    """The tensors of a group's step.
+
+    Args:
+        group: The group.
+        states: The state of each of its parameters that has a gradient.
+        grads: Gradients that are not the parameters' own.
+        means: Block means that come from elsewhere.
+    """
+    active = [(p, blocks) for p, blocks in zip(group["params"], group["blocks"]) if p.grad is not None]
+    return Members(
+        [sharding.local(p) for p, _ in active],
+        [grads.get(p, p.grad) if grads else p.grad for p, _ in active],
+        [sharding.local(state["exp_avg"]) for state in states],
+        [sharding.local(state["exp_avg_sq"]) for state in states],
+        [state["step"] for state in states],
+        [Layout.parse(blocks) for _, blocks in active],
+        [means.get(p) if means else None for p, _ in active],
+    )
 
 
 def _check_parameters(group: dict[str, Any]) -> None:

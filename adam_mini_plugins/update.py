@@ -17,14 +17,14 @@ for float64 parameters. Each of ``p`` and ``m`` is rounded once, when it is stor
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .blocks import Layout
+from .rounding import key_of_step, round_stochastically_
 
 # Elements handled at a time. On a CPU a chunk stays in the cache from one pass to the next; elsewhere
 # the bound is on the float32 copies that low-precision tensors need.
@@ -33,20 +33,23 @@ _CHUNK_ELSEWHERE = 2**25
 
 
 def adam_mini(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: list[Tensor],
-    layouts: list[Layout],
-    block_means: list[Tensor | None],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    block_means: Sequence[Tensor | None],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     weight_decay: float,
     eps: float,
     maximize: bool,
+    stochastic_rounding: bool = False,
+    seeds: Sequence[int] = (),
+    capturable: bool = False,
 ) -> None:
     """Performs one step for a list of tensors, in place.
 
@@ -59,26 +62,33 @@ def adam_mini(
         layouts: Their blocks.
         block_means: For each parameter the mean square of its gradient over each row's block, of the second
             moment's shape, where it takes more than the tensor at hand to know it; ``None`` elsewhere.
-        lr: Learning rate.
+        lr: Learning rate; a tensor only if ``capturable``.
         beta1: Decay of the momentum.
         beta2: Decay of the second moment.
         weight_decay: Decoupled weight decay, as AdamW's.
         eps: Added to the root of the second moment.
         maximize: Ascend instead of descending.
+        stochastic_rounding: Round bfloat16 parameters at random, as :mod:`.rounding` says.
+        seeds: For each parameter its :func:`.rounding.seed_of_tensor`, where rounding is at random.
+        capturable: No number is read from a tensor, so that a CUDA graph can hold the step; the counts are then on
+            the parameters' device.
     """
-    for param, grad, exp_avg, exp_avg_sq, step_t, layout, means in zip(
-        params, grads, exp_avgs, exp_avg_sqs, state_steps, layouts, block_means
+    for number, (param, grad, exp_avg, exp_avg_sq, step_t, layout, means) in enumerate(
+        zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, layouts, block_means)
     ):
         step_t += 1
-        step = step_t.item()
+        step = step_t if capturable else step_t.item()
         rates = _Rates(
             decay=1 - lr * weight_decay,
             beta1=beta1,
             beta2=beta2,
             step_size=lr / (1 - beta1**step),
-            root_correction=math.sqrt(1 - beta2**step),
+            root_correction=(1 - beta2**step) ** 0.5,
             eps=eps,
             maximize=maximize,
+            rounding_key=key_of_step(seeds[number], step)
+            if stochastic_rounding and param.dtype == torch.bfloat16
+            else None,
         )
         _update(param, grad, exp_avg, exp_avg_sq, layout, means, rates)
 
@@ -86,13 +96,14 @@ def adam_mini(
 class _Rates(NamedTuple):
     """The numbers of one step, those of :func:`adam_mini` with the decays and corrections worked out."""
 
-    decay: float
+    decay: float | Tensor
     beta1: float
     beta2: float
-    step_size: float
-    root_correction: float
+    step_size: float | Tensor
+    root_correction: float | Tensor
     eps: float
     maximize: bool
+    rounding_key: int | Tensor | None
 
 
 def _update(
@@ -104,18 +115,24 @@ def _update(
     means: Tensor | None,
     rates: _Rates,
 ) -> None:
+    # Its views say where in the tensor their elements are.
+    places = torch.empty(param.shape, device="meta")
     if means is None and layout.is_each_row:
         # A row needs nothing but itself: the whole step is done while its gradient is in the cache.
-        for p, g, m, v in _chunks(layout.axes, param, grad, exp_avg, exp_avg_sq):
-            _average(v, _row_squares(g, v).mul_(v.numel() / max(g.numel(), 1)), rates)
-            _descend(p, g, m, _denominator(v, rates), rates)
+        for p, g, m, v, place in _chunks(layout.axes, param, grad, exp_avg, exp_avg_sq, places):
+            average(v, _row_squares(g, v).mul_(v.numel() / max(g.numel(), 1)), rates.beta2)
+            _descend(p, g, m, _scaled_denominator(v, rates), place, rates)
         return
-    if means is None:
-        squares = row_squares(grad, layout.axes, exp_avg_sq.dtype)
-        means = layout.block_mean(squares.mul_(squares.numel() / max(grad.numel(), 1)))
-    _average(exp_avg_sq, means, rates)
-    for p, g, m, d in _chunks(layout.axes, param, grad, exp_avg, _denominator(exp_avg_sq, rates)):
-        _descend(p, g, m, d, rates)
+    average(exp_avg_sq, block_means_of(grad, layout, exp_avg_sq) if means is None else means, rates.beta2)
+    denominator = _scaled_denominator(exp_avg_sq, rates)
+    for p, g, m, d, place in _chunks(layout.axes, param, grad, exp_avg, denominator, places):
+        _descend(p, g, m, d, place, rates)
+
+
+def block_means_of(grad: Tensor, layout: Layout, like: Tensor) -> Tensor:
+    """The mean square of a gradient over each row's block, in the shape and dtype of ``like``, a second moment."""
+    squares = row_squares(grad, layout.axes, like.dtype)
+    return layout.block_mean(squares.mul_(squares.numel() / max(grad.numel(), 1)))
 
 
 def row_squares(grad: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -144,23 +161,28 @@ def _row_squares(grad: Tensor, like: Tensor) -> Tensor:
     return torch.linalg.vector_norm(grad.to(like.dtype), dim=axes, keepdim=True).square_()
 
 
-def _average(exp_avg_sq: Tensor, means: Tensor, rates: _Rates) -> None:
-    exp_avg_sq.mul_(rates.beta2).add_(means, alpha=1 - rates.beta2)
+def average(exp_avg_sq: Tensor, means: Tensor, beta2: float) -> None:
+    """Updates a second moment by the mean squares of a gradient."""
+    exp_avg_sq.mul_(beta2).add_(means, alpha=1 - beta2)
 
 
-def _denominator(exp_avg_sq: Tensor, rates: _Rates) -> Tensor:
-    return exp_avg_sq.sqrt().div_(rates.root_correction).add_(rates.eps)
+def _scaled_denominator(exp_avg_sq: Tensor, rates: _Rates) -> Tensor:
+    """What the momentum is divided by: the small tensor takes the step size, so that the large ones needn't."""
+    return exp_avg_sq.sqrt().div_(rates.root_correction).add_(rates.eps).div_(rates.step_size)
 
 
-def _descend(param: Tensor, grad: Tensor, exp_avg: Tensor, denominator: Tensor, rates: _Rates) -> None:
+def _descend(param: Tensor, grad: Tensor, exp_avg: Tensor, denominator: Tensor, place: Tensor, rates: _Rates) -> None:
     """Updates momentum and parameter in the denominator's dtype."""
     dtype = denominator.dtype
     # Where the dtypes are alike, to() gives back the tensor itself and copy_() onto itself does nothing.
     p, g, m = param.to(dtype), grad.to(dtype), exp_avg.to(dtype)
     m.lerp_(-g if rates.maximize else g, 1 - rates.beta1)
-    p.mul_(rates.decay).addcdiv_(m, denominator, value=-rates.step_size)
+    p.mul_(rates.decay).addcdiv_(m, denominator, value=-1)
     exp_avg.copy_(m)
-    param.copy_(p)
+    if rates.rounding_key is None:
+        param.copy_(p)
+    else:
+        round_stochastically_(param, p, place, rates.rounding_key)
 
 
 def second_moment_dtype(parameter: Tensor) -> torch.dtype:

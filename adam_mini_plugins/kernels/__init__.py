@@ -1,0 +1,127 @@
+"""The ways through a step: the eager form of :mod:`..update`, and fused kernels that do the same faster.
+
+A module of kernels has ``adam_mini``, which takes what :func:`..update.adam_mini` takes, and
+``unsupported``, which says why a tensor can't go there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from operator import is_
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import update
+from ..blocks import Layout
+from . import cpu
+
+_KERNELS = {"cpu": ".cpu", "cuda": ".triton"}
+
+
+class Members(NamedTuple):
+    """Tensors that take a step together, as lists of one length; what each is says :func:`..update.adam_mini`."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    state_steps: list[Tensor]
+    layouts: list[Layout]
+    block_means: list[Tensor | None]
+
+    def at(self, numbers: Sequence[int]) -> Members:
+        """Those with these numbers."""
+        return Members(*([column[i] for i in numbers] for column in self))
+
+
+class Plan:
+    """The way that each tensor takes, found out once; good for as long as the tensors stay what they are.
+
+    Args:
+        members: The tensors.
+        names: What to call them in errors.
+        fused: ``None`` for the fastest way that is right for each tensor, ``True`` to insist on a fused
+            kernel, ``False`` for the eager form.
+        seeds: Of each tensor, to round bfloat16 parameters at random; nothing to round to the nearest.
+
+    Raises:
+        RuntimeError: A kernel is insisted on, and there is none for a tensor; the message says why.
+    """
+
+    def __init__(
+        self, members: Members, names: Sequence[str], fused: bool | None = None, seeds: Sequence[int] = ()
+    ) -> None:
+        numbers_of: dict[ModuleType, list[int]] = {}
+        for number, name in enumerate(names):
+            way, why = (update, "") if fused is False else _way_of(members.at([number]))
+            if way is update and fused:
+                raise RuntimeError(f"fused=True, but no fused kernel can update {name}: {why}. Pass fused=None")
+            numbers_of.setdefault(way, []).append(number)
+        # Without the gradients, which are freed when a step is over.
+        self._members, self._facts = members._replace(grads=[], block_means=[]), _facts(members)
+        self._ways = [(way, numbers, [seeds[i] for i in numbers] if seeds else []) for way, numbers in numbers_of.items()]
+        self._table = next((cpu.Table(*members.at(of), seeds) for way, of, seeds in self._ways if way is cpu), None)
+
+    def holds(self, members: Members) -> bool:
+        """Whether it is good for these tensors: those that it was made for, with any gradients of the same kind."""
+        then, now = self._members, members
+        pairs = ((then.params, now.params), (then.exp_avgs, now.exp_avgs), (then.exp_avg_sqs, now.exp_avg_sqs))
+        return (
+            all(len(a) == len(b) and all(map(is_, a, b)) for a, b in (*pairs, (then.state_steps, now.state_steps)))
+            and then.layouts == now.layouts
+            and _facts(members) == self._facts
+        )
+
+    def step(self, members: Members, *, lr: float | Tensor, capturable: bool, **rates: Any) -> None:
+        """Performs one step.
+
+        Args:
+            members: Tensors for which it holds.
+            lr: Learning rate.
+            capturable: Whether no number may be read from a tensor.
+            **rates: What else :func:`..update.adam_mini` takes.
+        """
+        for way, numbers, seeds in self._ways:
+            of_way = members if len(self._ways) == 1 else members.at(numbers)
+            if self._table is not None and way is cpu:
+                self._table.step(of_way.grads, of_way.block_means, lr=float(lr), **rates)
+            else:
+                way.adam_mini(
+                    *of_way,
+                    lr=lr if capturable else float(lr),
+                    stochastic_rounding=bool(seeds),
+                    seeds=seeds,
+                    capturable=capturable,
+                    **rates,
+                )
+
+
+def _way_of(member: Members) -> tuple[ModuleType, str]:
+    """The module that updates a tensor, and why it is the eager form, if it is."""
+    (param,), (grad,), (exp_avg,), (exp_avg_sq,), (step,), (layout,), _ = member
+    device = param.device.type
+    if device not in _KERNELS:
+        return update, f"it is on {device!r}, and there are kernels for {', '.join(_KERNELS)}"
+    kernels = import_module(_KERNELS[device], __package__)
+    if step.dtype != torch.float32:
+        return update, f"its count of steps is {step.dtype}, not float32"
+    why = kernels.unsupported(param, grad, exp_avg, exp_avg_sq, layout)
+    return (update, why) if why else (kernels, "")
+
+
+def _facts(members: Members) -> list[Any]:
+    """What else the way of a tensor hangs on, besides which tensor it is: it can change under the same object."""
+    tensors = [*members.params, *members.grads, *members.exp_avgs, *members.exp_avg_sqs]
+    return [
+        [means is None for means in members.block_means],
+        [t.dtype for t in tensors],
+        [t.device for t in tensors],
+        [t.layout for t in tensors],
+        [t.shape for t in tensors],
+        # Of a sparse tensor nothing like it can be told.
+        [t.layout is torch.strided and t.is_contiguous() for t in tensors],
+    ]
