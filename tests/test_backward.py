@@ -45,11 +45,21 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 # GPT-2 and T5 tie matrices, Mixtral leaves experts without a gradient, Falcon fuses its projections.
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mixtral", "falcon-multi_query"])
-def test_training_is_bit_for_bit_the_ordinary_one(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "options"),
+    [
+        ("llama", torch.bfloat16, {"stochastic_rounding": True}),
+        ("gpt2", torch.float32, {"fused": False}),
+        ("t5", torch.float32, {"state_dtype": "bfloat16"}),
+        ("mixtral", torch.float32, {"maximize": True}),
+        ("falcon-multi_query", torch.bfloat16, {}),
+    ],
+)
+def test_training_is_bit_for_bit_the_ordinary_one(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     early, late, batch = pair(name)
-    ours = AdamMiniInBackward(groups(early), partition=partition(early), state_dtype="bfloat16")
-    ordinary = AdamMini(groups(late), partition=partition(late), state_dtype="bfloat16")
+    early, late = early.to(dtype), late.to(dtype)
+    ours = AdamMiniInBackward(groups(early), partition=partition(early), **options)
+    ordinary = AdamMini(groups(late), partition=partition(late), **options)
     schedulers = [CosineAnnealingLR(optimizer, 4) for optimizer in (ours, ordinary)]
     losses: list[list[float]] = [[], []]
     for step in range(4):
