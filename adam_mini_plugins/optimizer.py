@@ -151,6 +151,9 @@ class AdamMini(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or of ``(name, parameter)`` pairs, as torch's optimizers do.
 
+        The names may also come as the group's ``param_names``, which libraries pass on that put copies in
+        the parameters' places, as to offload them.
+
         Parameters that the model did not have when it was partitioned, such as those of an adapter
         added later, need a new partition first: ``optimizer.partition = partition(model)``.
 
@@ -165,11 +168,19 @@ class AdamMini(Optimizer):
             raise TypeError("parameters need an order that is the same in every run; got a set: pass a list")
         group = {**self.defaults, **param_group}
         group.update(_checked_options(group))
-        members = [self._identify(p) for p in ([params] if isinstance(params, Tensor) else params)]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        names = group.get("param_names")
+        if names is not None and not any(isinstance(p, tuple) for p in params):
+            if len(names) != len(params):
+                raise ValueError(f"a parameter group has {len(names)} param_names for {len(params)} parameters")
+            params = list(zip(names, params))
+        members = [self._identify(p) for p in params]
         group["param_names"] = [name for name, _, _ in members]
         group["params"] = [p for _, p, _ in members]
         group["blocks"] = [blocks for _, _, blocks in members]
-        super().add_param_group(group)
+        # The group is the dictionary that was given, as with torch's optimizers: whoever gave it may go on to use it.
+        param_group.update(group)
+        super().add_param_group(param_group)
 
     def _identify(self, member: Tensor | tuple[str, Tensor]) -> tuple[str, Tensor, str]:
         """A parameter's name, itself, and its blocks as text (none while it is frozen and unknown)."""
@@ -184,13 +195,14 @@ class AdamMini(Optimizer):
             raise TypeError(f"AdamMini does not support complex parameters: {described} is {parameter.dtype}")
         entry = self.partition.get(name) if name is not None else None
         if entry is None:
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.grad is None:
                 return given or name or "", parameter, ""
             reason = self.partition.left_out.get(name or "", "")
             raise ValueError(
                 f"the partition does not know {described}{': ' + reason if reason else ''}; was it made from another "
                 f"model, or before this parameter was added? Once the model is complete, {_HOW_TO_PARTITION}; to add "
-                "to an optimizer that exists, first set optimizer.partition = partition(model)"
+                "to an optimizer that exists, first set optimizer.partition = partition(model); a library that steps "
+                "copies of parameters needs their names, as docs/offload.md has it"
             )
         if entry.shape != parameter.shape:
             raise ValueError(
@@ -462,7 +474,13 @@ def _watched(group: dict[str, Any]) -> list[Any]:
     """What of a group a plan hangs on, besides the tensors of a step: a change of it, and all is checked anew."""
     params = group["params"]
     options = [group[key] for key in ("fused", "stochastic_rounding", "seed", "state_dtype", "capturable")]
-    return [*options, list(map(id, params)), [p.shape for p in params], list(group["blocks"]), len(group["param_names"])]
+    return [
+        *options,
+        list(map(id, params)),
+        [p.shape for p in params],
+        list(group["blocks"]),
+        len(group["param_names"]),
+    ]
 
 
 def _members(
