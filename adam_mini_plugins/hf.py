@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from .backward import AdamMiniInBackward
 from .blocks import partition
 from .optimizer import AdamMini, trainable_parameters
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "adam_mini"
 _OF_PARTITION = ("scheme", "value")
-OPTIONS = (*_OF_PARTITION, "state_dtype", "fused", "stochastic_rounding", "seed")
+OPTIONS = (*_OF_PARTITION, "state_dtype", "fused", "stochastic_rounding", "seed", "in_backward")
 _TRUTHS = {"true": True, "false": False}
 
 
@@ -81,10 +82,13 @@ def _adam_mini(context: Any) -> tuple[type[AdamMini], dict[str, Any]]:
             f'it knows {", ".join(OPTIONS)}, as in optim_args="value=whole,state_dtype=bfloat16"'
         )
     options = {name: _read(name, given) for name, given in context.optim_args.items()}
+    in_backward = options.pop("in_backward", False)
+    if in_backward:
+        _check_in_backward(context.args)
     trainable_parameters(context.model)  # raises if there are none, where others would train nothing
     blocks = partition(context.model, **{name: options.pop(name) for name in _OF_PARTITION if name in options})
     logger.info("%r", blocks)
-    return AdamMini, {
+    return AdamMiniInBackward if in_backward else AdamMini, {
         **context.optimizer_kwargs,
         **context.adam_kwargs,
         "partition": blocks,
@@ -98,7 +102,7 @@ def _read(name: str, given: str) -> Any:
     Raises:
         ValueError: It is not what the option takes.
     """
-    values = {"fused": {**_TRUTHS, "none": None}, "stochastic_rounding": _TRUTHS}.get(name)
+    values = {"fused": {**_TRUTHS, "none": None}, "stochastic_rounding": _TRUTHS, "in_backward": _TRUTHS}.get(name)
     text = str(given).strip().lower()
     if values is not None:
         if text not in values:
@@ -110,6 +114,34 @@ def _read(name: str, given: str) -> Any:
         except ValueError:
             raise ValueError(f"optim_args has seed={given}, and seed is a whole number") from None
     return given
+
+
+def _check_in_backward(args: Any) -> None:
+    """Raises where the Trainer would want gradients after the backward pass has used them."""
+    wrong = (
+        (
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}",
+            args.gradient_accumulation_steps > 1,
+            "gradients add up over several backward passes: set gradient_accumulation_steps=1",
+        ),
+        (
+            f"max_grad_norm={args.max_grad_norm}",
+            args.max_grad_norm is not None and args.max_grad_norm > 0,
+            "gradients are clipped by the norm of all, which are never there at once: set max_grad_norm=0",
+        ),
+        ("fp16=True", args.fp16, "gradients are scaled back after the backward pass: set bf16=True"),
+        (
+            f"world_size={args.world_size}",
+            args.world_size > 1,
+            "processes share their gradients after the backward pass: train in one process",
+        ),
+        ("deepspeed", args.deepspeed_plugin is not None, "DeepSpeed takes the gradients itself: train without it"),
+    )
+    for setting, is_wrong, why in wrong:
+        if is_wrong:
+            raise ValueError(
+                f"optim_args has in_backward=true, which does not go with {setting}: {why}, or leave in_backward out"
+            )
 
 
 register()

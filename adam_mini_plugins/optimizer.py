@@ -28,6 +28,9 @@ _ENGINES = (
 # Options that saved states may be older than, and what the step was without them.
 _NEW_OPTIONS = {"fused": None, "stochastic_rounding": False, "seed": 0, "capturable": False}
 
+# Of each group, what its plan was made for and the plan.
+_Plans = Sequence[tuple[list[Any], Plan]]
+
 
 class AdamMini(Optimizer):
     r"""Adam-mini: AdamW with one second moment for each block of the Hessian.
@@ -74,8 +77,8 @@ class AdamMini(Optimizer):
         optimizer = AdamMini(model.named_parameters(), lr=3e-4, weight_decay=0.1, partition=blocks)
     """
 
-    # Of each group, what it was made for and the plan of its last step; found anew wherever it is missing.
-    _plans: Sequence[tuple[list[Any], Plan]] = ()
+    # Of the last step; found anew wherever they are missing.
+    _plans: _Plans = ()
 
     def __init__(
         self,
@@ -148,6 +151,9 @@ class AdamMini(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or of ``(name, parameter)`` pairs, as torch's optimizers do.
 
+        The names may also come as the group's ``param_names``, which libraries pass on that put copies in
+        the parameters' places, as to offload them.
+
         Parameters that the model did not have when it was partitioned, such as those of an adapter
         added later, need a new partition first: ``optimizer.partition = partition(model)``.
 
@@ -162,11 +168,19 @@ class AdamMini(Optimizer):
             raise TypeError("parameters need an order that is the same in every run; got a set: pass a list")
         group = {**self.defaults, **param_group}
         group.update(_checked_options(group))
-        members = [self._identify(p) for p in ([params] if isinstance(params, Tensor) else params)]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        names = group.get("param_names")
+        if names is not None and not any(isinstance(p, tuple) for p in params):
+            if len(names) != len(params):
+                raise ValueError(f"a parameter group has {len(names)} param_names for {len(params)} parameters")
+            params = list(zip(names, params))
+        members = [self._identify(p) for p in params]
         group["param_names"] = [name for name, _, _ in members]
         group["params"] = [p for _, p, _ in members]
         group["blocks"] = [blocks for _, _, blocks in members]
-        super().add_param_group(group)
+        # The group is the dictionary that was given, as with torch's optimizers: whoever gave it may go on to use it.
+        param_group.update(group)
+        super().add_param_group(param_group)
 
     def _identify(self, member: Tensor | tuple[str, Tensor]) -> tuple[str, Tensor, str]:
         """A parameter's name, itself, and its blocks as text (none while it is frozen and unknown)."""
@@ -181,13 +195,14 @@ class AdamMini(Optimizer):
             raise TypeError(f"AdamMini does not support complex parameters: {described} is {parameter.dtype}")
         entry = self.partition.get(name) if name is not None else None
         if entry is None:
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.grad is None:
                 return given or name or "", parameter, ""
             reason = self.partition.left_out.get(name or "", "")
             raise ValueError(
                 f"the partition does not know {described}{': ' + reason if reason else ''}; was it made from another "
                 f"model, or before this parameter was added? Once the model is complete, {_HOW_TO_PARTITION}; to add "
-                "to an optimizer that exists, first set optimizer.partition = partition(model)"
+                "to an optimizer that exists, first set optimizer.partition = partition(model); a library that steps "
+                "copies of parameters needs their names, as docs/offload.md has it"
             )
         if entry.shape != parameter.shape:
             raise ValueError(
@@ -217,7 +232,16 @@ class AdamMini(Optimizer):
 
     @torch._disable_dynamo  # raw pointers and counts that are read: nothing of it can be traced
     def _step(self) -> None:
-        steps = self._planned() or self._plan()
+        self._plans = self._step_groups(self.param_groups, self._plans)
+
+    def _step_groups(self, groups: Sequence[dict[str, Any]], plans: _Plans) -> _Plans:
+        """Steps what has a gradient in this optimizer's groups, or parts of them; by the plans of their last step."""
+        steps = self._planned(groups, plans)
+        if steps is None:
+            steps = self._plan(groups)
+            # What processes share is found out anew in every step, with what they have to tell each other.
+            sharded = any(sharding.is_sharded(p) for group in groups for p in group["params"])
+            plans = () if sharded else [(_watched(group), plan) for group, plan, _ in steps]
         for group, plan, members in steps:
             beta1, beta2 = group["betas"]
             plan.step(
@@ -230,13 +254,16 @@ class AdamMini(Optimizer):
                 maximize=group["maximize"],
                 capturable=group["capturable"],
             )
+        return plans
 
-    def _planned(self) -> list[tuple[dict[str, Any], Plan, Members]] | None:
+    def _planned(
+        self, groups: Sequence[dict[str, Any]], plans: _Plans
+    ) -> list[tuple[dict[str, Any], Plan, Members]] | None:
         """Each group with the plan of its last step and the tensors of this one; ``None`` if a plan is out of date."""
-        if len(self._plans) != len(self.param_groups):
+        if len(plans) != len(groups):
             return None
         found = []
-        for group, (watched, plan) in zip(self.param_groups, self._plans):
+        for group, (watched, plan) in zip(groups, plans):
             if _watched(group) != watched:
                 return None
             states = [self.state.get(p) for p in group["params"] if p.grad is not None]
@@ -248,14 +275,13 @@ class AdamMini(Optimizer):
             found.append((group, plan, members))
         return found
 
-    def _plan(self) -> list[tuple[dict[str, Any], Plan, Members]]:
+    def _plan(self, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], Plan, Members]]:
         """Checks all parameters, and finds for each group a plan and the tensors of this step."""
-        self._plans = []
-        for group in self.param_groups:
+        for group in groups:
             _check_parameters(group)
-        grads, means = self._reduced()
+        grads, means = _reduced(groups)
         found, seeds = [], self._seeds()
-        for group in self.param_groups:
+        for group in groups:
             active = [
                 (p, name, Layout.parse(blocks))
                 for p, name, blocks in zip(group["params"], group["param_names"], group["blocks"])
@@ -270,26 +296,12 @@ class AdamMini(Optimizer):
                 [seeds[p] for p, _, _ in active] if group["stochastic_rounding"] else [],
             )
             found.append((group, plan, members))
-        # What processes share is found out anew in every step, with what they have to tell each other.
-        if not any(sharding.is_sharded(p) for group in self.param_groups for p in group["params"]):
-            self._plans = [(_watched(group), plan) for group, plan, _ in found]
         return found
 
     def _seeds(self) -> dict[Tensor, int]:
         """For each parameter where the random numbers for rounding start."""
         members = ((group["seed"], p) for group in self.param_groups for p in group["params"])
         return {p: seed_of_tensor(seed, number) for number, (seed, p) in enumerate(members)}
-
-    def _reduced(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-        """Of parameters cut over processes the local gradients, and block means where processes share blocks."""
-        sharded = [
-            (p, Layout.parse(blocks))
-            for group in self.param_groups
-            for p, blocks in zip(group["params"], group["blocks"])
-            # With no gradient here too: another process may have one, and waits for this one.
-            if sharding.is_sharded(p) and (p.requires_grad or p.grad is not None)
-        ]
-        return sharding.gradients_and_means(sharded) if sharded else ({}, {})
 
     def _state_of(self, parameter: Tensor, layout: Layout, group: dict[str, Any]) -> dict[str, Tensor]:
         """A parameter's state, made at its first step."""
@@ -405,6 +417,18 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     return trainable
 
 
+def _reduced(groups: Iterable[dict[str, Any]]) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+    """Of parameters cut over processes the local gradients, and block means where processes share blocks."""
+    sharded = [
+        (p, Layout.parse(blocks))
+        for group in groups
+        for p, blocks in zip(group["params"], group["blocks"])
+        # With no gradient here too: another process may have one, and waits for this one.
+        if sharding.is_sharded(p) and (p.requires_grad or p.grad is not None)
+    ]
+    return sharding.gradients_and_means(sharded) if sharded else ({}, {})
+
+
 def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
     """Hyper-parameters as a group holds them: in range, betas as floats, dtypes by name.
 
@@ -458,7 +482,13 @@ def _watched(group: dict[str, Any]) -> list[Any]:
     """What of a group a plan hangs on, besides the tensors of a step: a change of it, and all is checked anew."""
     params = group["params"]
     options = [group[key] for key in ("fused", "stochastic_rounding", "seed", "state_dtype", "capturable")]
-    return [*options, list(map(id, params)), [p.shape for p in params], list(group["blocks"]), len(group["param_names"])]
+    return [
+        *options,
+        list(map(id, params)),
+        [p.shape for p in params],
+        list(group["blocks"]),
+        len(group["param_names"]),
+    ]
 
 
 def _members(

@@ -60,7 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_2(folder: Path) -> dict[str, Any]:
-    return launch("native.py", 2, "fsdp2", "tensor_parallel", "checkpoints", "refused", CHECKPOINTS=str(folder))
+    return launch(
+        "native.py", 2, "fsdp2", "tensor_parallel", "checkpoints", "refused", "in_backward", CHECKPOINTS=str(folder)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +175,21 @@ def test_fsdp1_is_refused(on_2: dict[str, Any]) -> None:
     for when, said in on_2["refused"].items():
         assert "use FSDP2 (fully_shard in torch, fsdp_version: 2 in accelerate, ModelParallelStrategy" in said, when
         assert "FSDP1" in said, when
+
+
+@pytest.mark.parametrize(("made", "left"), [("after", 0), ("before", 12)])
+def test_steps_in_the_backward_pass(made: str, left: int, on_2: dict[str, Any]) -> None:
+    figures = on_2["in_backward"][f"made {made}"]
+    assert figures["distance"] <= CLOSE
+    assert figures["moved"] > 1e-3
+    # Made before its model was sharded, the optimizer meets the parameters that it trains in its first step.
+    assert figures["gradients left"] == [left, 0, 0, 0, 0]
+
+
+def test_steps_in_the_backward_pass_are_refused_where_gradients_are_averaged_after_it(on_2: dict[str, Any]) -> None:
+    said = on_2["in_backward"]["ddp"]
+    assert "is that of one of 2 processes: DistributedDataParallel averages gradients after" in said
+    assert "Use FSDP2" in said
 
 
 # --- which blocks are cut, for processes that need not be there -------------------------------------
