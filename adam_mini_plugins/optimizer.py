@@ -75,6 +75,7 @@ class AdamMini(Optimizer):
             raise ValueError(f"AdamMini needs the blocks of its parameters: {_HOW_TO_PARTITION}")
         if not isinstance(partition, Partition):
             raise TypeError(f"partition must be a Partition, got {type(partition).__name__}: {_HOW_TO_PARTITION}")
+        _check_ordered(params)
         self.partition = partition
         defaults = {
             "lr": lr,
@@ -84,7 +85,7 @@ class AdamMini(Optimizer):
             "maximize": maximize,
             "state_dtype": state_dtype,
         }
-        _checked_options(defaults)
+        defaults.update(_checked_options(defaults))
         super().__init__(params, defaults)
 
     @classmethod
@@ -132,8 +133,7 @@ class AdamMini(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         params = param_group["params"]
-        if isinstance(params, set):
-            raise TypeError("parameters need an order that is the same in every run; got a set: pass a list")
+        _check_ordered(params)
         group = {**self.defaults, **param_group}
         group.update(_checked_options(group))
         members = [self._identify(p) for p in ([params] if isinstance(params, Tensor) else params)]
@@ -303,6 +303,16 @@ class AdamMini(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "partition": self.partition}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes a state over, pickled or loaded: one saved before an option was there gets the option's default."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option in self.defaults.keys() - {"differentiable"}:  # which torch gives to every optimizer
+                group.setdefault(option, self.defaults[option])
+        for of_parameter in self.state.values():
+            if isinstance(of_parameter, dict) and "step" in of_parameter:
+                of_parameter["step"] = torch.as_tensor(of_parameter["step"], dtype=torch.float32)
+
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The parameters of a model that are not frozen, by name.
@@ -320,6 +330,11 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     return trainable
 
 
+def _check_ordered(params: Any) -> None:
+    if isinstance(params, set | frozenset):
+        raise TypeError("parameters need an order that is the same in every run; got a set: pass a list")
+
+
 def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
     """Hyper-parameters as a group holds them: in range, betas as floats, dtypes by name.
 
@@ -327,6 +342,9 @@ def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
         ValueError: One is out of range; the message names it and its value.
     """
     lr, betas, eps, weight_decay = (options[key] for key in ("lr", "betas", "eps", "weight_decay"))
+    for option in ("amsgrad", "differentiable"):
+        if options.get(option):
+            raise ValueError(f"a parameter group has {option}=True, which AdamMini does not have: leave it out")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr as a tensor must have one element, got shape {tuple(lr.shape)}")
     for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
