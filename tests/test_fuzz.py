@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from typing import Any
 
 import pytest
@@ -70,7 +72,7 @@ def tree(rng: random.Random, depth: int = 0) -> nn.Module:
         module.register_parameter("bare_" + rng.choice(NAMES), bare)
     if depth == 0:
         linear = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-        for one, other in zip(linear, linear[1:]):
+        for one, other in itertools.pairwise(linear):
             if one.weight.shape == other.weight.shape and rng.random() < 0.7:
                 other.weight = one.weight
         for parameter in module.parameters():
@@ -93,8 +95,7 @@ def made(model: nn.Module, rules: list[tuple[str, Any]], rng: random.Random) -> 
     }
     try:
         return partition(model, rules=rules, **options)
-    except PartitionError as error:
-        assert len(str(error)) > 30  # says something
+    except PartitionError:
         return partition(model, rules=[("*", rng.choice(("neuron", "tensor", "element")))], **options)
 
 
@@ -166,10 +167,9 @@ def test_any_layout_as_a_rule_of_ones_own_steps_as_the_paper_says(layout: Layout
 @settings(max_examples=40)
 def test_any_text_as_a_rule_is_blocks_or_an_error_of_ours(text: str) -> None:
     model = nn.Linear(3, 6)
-    try:
-        blocks = partition(model, rules=[("weight", text)])
-    except PartitionError as error:
-        assert "the rule 'weight' gives" in str(error)
+    given_heads = re.fullmatch(r"(\d+) heads?", text)
+    if given_heads and int(given_heads[1]) in (1, 2, 3, 6):
+        assert partition(model, rules=[("weight", text)]).num_blocks("weight") == int(given_heads[1])
     else:
-        index = blocks.block_index("weight").expand(6, 3)
-        assert index.max() + 1 == blocks.num_blocks("weight")
+        with pytest.raises(PartitionError, match="the rule 'weight' gives"):
+            partition(model, rules=[("weight", text)])
