@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The CPU build is small; where a GPU is at hand, install torch for it first, or pass TORCH="torch".
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test matrix lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed  ## pre-train a small Llama with Adam-mini and with AdamW, and compare
@@ -16,6 +16,9 @@ test: $(VENV)/.installed  ## lint, type check and all tests but the slow ones
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+matrix: $(VENV)/.installed  ## the oldest and the newest versions allowed, each in an environment of its own
+	$(BIN)/python tests/matrix/run.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

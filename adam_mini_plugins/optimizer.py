@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +22,7 @@ from .update import second_moment_dtype
 _HOW_TO_PARTITION = (
     "pass partition=adam_mini_plugins.partition(model), or build the optimizer with AdamMini.for_model(model, ...)"
 )
+_START_ANEW = "Load an earlier checkpoint, or start with the model's weights alone"
 _ENGINES = (
     "AdamMini trains with DistributedDataParallel, FSDP2 and tensor parallelism: use FSDP2 (fully_shard in torch, "
     "fsdp_version: 2 in accelerate, ModelParallelStrategy in Lightning)"
@@ -100,6 +103,7 @@ class AdamMini(Optimizer):
             raise ValueError(f"AdamMini needs the blocks of its parameters: {_HOW_TO_PARTITION}")
         if not isinstance(partition, Partition):
             raise TypeError(f"partition must be a Partition, got {type(partition).__name__}: {_HOW_TO_PARTITION}")
+        _check_ordered(params)
         self.partition = partition
         defaults = {
             "lr": lr,
@@ -113,7 +117,7 @@ class AdamMini(Optimizer):
             "seed": seed,
             "capturable": capturable,
         }
-        _checked_options(defaults)
+        defaults.update(_checked_options(defaults))
         super().__init__(params, defaults)
 
     @classmethod
@@ -163,9 +167,13 @@ class AdamMini(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        params = param_group["params"]
-        if isinstance(params, set):
-            raise TypeError("parameters need an order that is the same in every run; got a set: pass a list")
+        params = param_group.get("params")
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                "a parameter group needs 'params', a tensor or an iterable of tensors or of (name, tensor) pairs; got "
+                f"{type(params).__name__} in a group of {sorted(param_group)}"
+            )
+        _check_ordered(params)
         group = {**self.defaults, **param_group}
         group.update(_checked_options(group))
         params = [params] if isinstance(params, Tensor) else list(params)
@@ -178,21 +186,38 @@ class AdamMini(Optimizer):
         group["param_names"] = [name for name, _, _ in members]
         group["params"] = [p for _, p, _ in members]
         group["blocks"] = [blocks for _, _, blocks in members]
+        held = {p for other in self.param_groups for p in other["params"]}
+        twice = [name for name, p, _ in members if p in held]
+        if twice:
+            raise ValueError(
+                f"some parameters appear in more than one parameter group: {', '.join(twice)}; leave them in one"
+            )
         # The group is the dictionary that was given, as with torch's optimizers: whoever gave it may go on to use it.
         param_group.update(group)
         super().add_param_group(param_group)
 
     def _identify(self, member: Tensor | tuple[str, Tensor]) -> tuple[str, Tensor, str]:
         """A parameter's name, itself, and its blocks as text (none while it is frozen and unknown)."""
+        if isinstance(member, tuple) and not (len(member) == 2 and isinstance(member[0], str)):
+            raise TypeError(
+                f"a named parameter is a pair (name, tensor), got {[type(part).__name__ for part in member]}"
+            )
         given, parameter = member if isinstance(member, tuple) else (None, member)
         if not isinstance(parameter, Tensor):
-            raise TypeError(f"optimizer can only optimize Tensors, got {type(parameter).__name__}")
+            raise TypeError(
+                f"optimizer can only optimize Tensors, got {type(parameter).__name__}: pass tensors or (name, tensor) "
+                "pairs, of a mapping its items()"
+            )
         # Which tensor it is counts for more than what it is called: wrappers prefix names.
         name = self.partition.name_of(parameter) or given
         _check_engine(name, parameter)
         described = f"a tensor of shape {tuple(parameter.shape)}" if name is None else repr(name)
         if parameter.is_complex():
             raise TypeError(f"AdamMini does not support complex parameters: {described} is {parameter.dtype}")
+        if not (parameter.is_leaf or parameter.retains_grad):
+            raise ValueError(
+                f"can't optimize a non-leaf Tensor: {described} is the result of an operation; pass what it is made of"
+            )
         entry = self.partition.get(name) if name is not None else None
         if entry is None:
             if not parameter.requires_grad and parameter.grad is None:
@@ -319,9 +344,15 @@ class AdamMini(Optimizer):
         How steps are computed (``fused``, ``capturable``) stays as this optimizer was built.
 
         Raises:
-            ValueError: The state is another optimizer's, was made with other blocks, or doesn't fit
-                a parameter. The optimizer is as it was.
+            TypeError: It is no state dict.
+            ValueError: The state is another optimizer's, was made with other blocks, doesn't fit a
+                parameter, or is damaged. The optimizer is as it was.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(
+                f"the state to load must be what state_dict() returned, a dict, got {type(state_dict).__name__}; a "
+                "file is read with torch.load first"
+            )
         accepted: dict[str, Any] = {}
         own = [{key: group[key] for key in ("fused", "capturable")} for group in self.param_groups]
 
@@ -347,10 +378,19 @@ class AdamMini(Optimizer):
                 handle.remove()
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        groups = self.param_groups
+        states, saved_groups = _parts(state_dict)
         if len(groups) != len(saved_groups):
             raise ValueError(
-                f"the state to load has {len(saved_groups)} parameter groups, this optimizer {len(groups)}"
+                f"the state to load has {len(saved_groups)} parameter groups, this optimizer {len(groups)}: build the "
+                "optimizer with the groups that it was saved with"
+            )
+        keys = {key for saved in saved_groups for key in saved["params"]}
+        strangers = [key for key in states if isinstance(key, int) and key not in keys]
+        if strangers or len(keys) != sum(len(saved["params"]) for saved in saved_groups):
+            raise ValueError(
+                f"the state to load is damaged: its groups count {len(keys)} different parameters, and it has state "
+                f"for {len(strangers)} that are in none of them. {_START_ANEW}"
             )
         for number, (group, saved) in enumerate(zip(groups, saved_groups)):
             if "blocks" not in saved:
@@ -358,8 +398,9 @@ class AdamMini(Optimizer):
             if len(group["params"]) != len(saved["params"]):
                 raise ValueError(
                     f"parameter group {number} of the state to load has {len(saved['params'])} parameters, "
-                    f"this optimizer's has {len(group['params'])}"
+                    f"this optimizer's has {len(group['params'])}: build it with the parameters that it was saved with"
                 )
+            _check_saved_group(number, saved)
             for parameter, name, blocks, key, saved_blocks in zip(
                 group["params"], group["param_names"], group["blocks"], saved["params"], saved["blocks"]
             ):
@@ -368,7 +409,7 @@ class AdamMini(Optimizer):
                         f"{name} has blocks {blocks!r}, but {saved_blocks!r} in the state to load: load it into an "
                         "optimizer made with the partition (scheme, value, rules) that it was saved with"
                     )
-                state = state_dict["state"].get(key)
+                state = states.get(key)
                 if state:
                     _check_state(name, parameter, Layout.parse(blocks), state)
 
@@ -394,11 +435,15 @@ class AdamMini(Optimizer):
         return {**super().__getstate__(), "partition": self.partition}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes a state over, pickled or loaded: one saved before an option was there gets the option's default."""
         super().__setstate__(state)
-        # What was saved before these options existed goes on as it was.
         for group in self.param_groups:
-            for option, default in _NEW_OPTIONS.items():
-                group.setdefault(option, self.defaults.get(option, default))
+            for option, default in {**_NEW_OPTIONS, **self.defaults}.items():
+                if option != "differentiable":  # which torch gives to every optimizer
+                    group.setdefault(option, default)
+        for of_parameter in self.state.values():
+            if isinstance(of_parameter, dict) and "step" in of_parameter:
+                of_parameter["step"] = torch.as_tensor(of_parameter["step"], dtype=torch.float32)
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -429,28 +474,42 @@ def _reduced(groups: Iterable[dict[str, Any]]) -> tuple[dict[Tensor, Tensor], di
     return sharding.gradients_and_means(sharded) if sharded else ({}, {})
 
 
+def _check_ordered(params: Any) -> None:
+    if isinstance(params, set | frozenset):
+        raise TypeError("parameters need an order that is the same in every run; got a set: pass a list")
+
+
 def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
     """Hyper-parameters as a group holds them: in range, betas as floats, dtypes by name.
 
     Raises:
         ValueError: One is out of range; the message names it and its value.
     """
-    lr, betas, eps, weight_decay = (options[key] for key in ("lr", "betas", "eps", "weight_decay"))
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr as a tensor must have one element, got shape {tuple(lr.shape)}")
-    for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not number >= 0.0:
-            raise ValueError(f"{name} must be 0 or more, got {number}")
-    if len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas}")
+    for option in ("amsgrad", "differentiable"):
+        if options.get(option):
+            raise ValueError(f"a parameter group has {option}=True, which AdamMini does not have: leave it out")
+    for name in ("lr", "eps", "weight_decay"):
+        _check_number(name, options[name])
+    betas = options["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
     for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas[{i}] must be at least 0 and less than 1, got {beta}")
+        _check_number(f"betas[{i}]", beta, 1.0)
     if options["fused"] not in (None, True, False):
         raise ValueError(f"fused must be None, True or False, got {options['fused']!r}")
     if isinstance(options["seed"], bool) or not isinstance(options["seed"], int):
         raise ValueError(f"seed must be a whole number, got {options['seed']!r}")
     return {"betas": tuple(float(beta) for beta in betas), "state_dtype": dtype_name(options["state_dtype"])}
+
+
+def _check_number(name: str, number: Any, limit: float = math.inf) -> None:
+    if not isinstance(number, Real | Tensor):
+        raise TypeError(f"{name} must be a number, got {number!r}")
+    if isinstance(number, Tensor) and number.numel() != 1:
+        raise ValueError(f"{name} as a tensor must have one element, got shape {tuple(number.shape)}")
+    if not 0.0 <= number < limit:
+        allowed = "0 or more" if limit == math.inf else f"at least 0 and less than {limit:g}"
+        raise ValueError(f"{name} must be {'finite' if number == math.inf else allowed}, got {number}")
 
 
 def dtype_name(dtype: torch.dtype | str | None) -> str | None:
@@ -556,14 +615,70 @@ def _check_engine(name: str | None, parameter: Tensor) -> None:
     raise RuntimeError(f"{name} has been flattened and cut by {engine}, and its blocks can't be told. {_ENGINES}")
 
 
-def _check_state(name: str, parameter: Tensor, layout: Layout, state: dict[str, Any]) -> None:
+def _parts(state_dict: dict[str, Any]) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    """The states and the groups of a state dict, of the form that torch gives them."""
+    for part, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict.get(part), kind):
+            raise ValueError(
+                f"the state to load has no {part!r} that is a {kind.__name__}; it has {_shortened(state_dict)}: pass "
+                "what state_dict() returned, of a checkpoint that holds more the optimizer's part"
+            )
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    for number, group in enumerate(groups):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ValueError(f"parameter group {number} of the state to load has no list of 'params'. {_START_ANEW}")
+    return states, groups
+
+
+def _shortened(keys: Iterable[Any]) -> str:
+    """Some keys as text, that may be thousands."""
+    shown = [repr(key) for key in keys]
+    return ", ".join(shown[:4]) + f" and {len(shown) - 4} more" * (len(shown) > 4) or "nothing"
+
+
+def _check_saved_group(number: int, saved: dict[str, Any]) -> None:
+    """Raises for a group of a state to load that could not be gone on with."""
+    where = f"parameter group {number} of the state to load"
+    missing = [option for option in ("lr", "betas", "eps", "weight_decay") if option not in saved]
+    if missing:
+        raise ValueError(f"{where} has no {', '.join(map(repr, missing))}. {_START_ANEW}")
+    try:
+        _checked_options({"state_dtype": None, **saved})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is damaged: {error}. {_START_ANEW}") from error
+    for entry in ("blocks", "param_names"):
+        found = saved.get(entry, saved["params"])
+        if not isinstance(found, list) or len(found) != len(saved["params"]):
+            raise ValueError(
+                f"{where} has {len(saved['params'])} parameters and other {entry!r} for them. {_START_ANEW}"
+            )
+
+
+def _check_state(name: str, parameter: Tensor, layout: Layout, state: Any) -> None:
     expected = {"exp_avg": tuple(parameter.shape), "exp_avg_sq": layout.state_shape(parameter.shape), "step": ()}
     for entry, shape in expected.items():
-        if entry not in state:
-            raise ValueError(f"the state to load has no {entry!r} for {name}; it has {sorted(state)}")
-        found = tuple(torch.as_tensor(state[entry]).shape)
-        if found != shape:
-            raise ValueError(f"{entry} of {name} has shape {found} in the state to load, but {shape} in this optimizer")
+        if not isinstance(state, dict) or entry not in state:
+            has = sorted(state) if isinstance(state, dict) else state
+            raise ValueError(f"the state to load has no {entry!r} for {name}; it has {has}. {_START_ANEW}")
+        value = state[entry]
+        if not isinstance(value, Tensor) and not (entry == "step" and isinstance(value, Real)):
+            raise ValueError(
+                f"{entry} of {name} is no tensor in the state to load, but {type(value).__name__}. {_START_ANEW}"
+            )
+        found = torch.as_tensor(value)
+        if found.shape != shape:
+            raise ValueError(
+                f"{entry} of {name} has shape {tuple(found.shape)} in the state to load, but {shape} in this "
+                "optimizer: it is another model's, or was cut. Load the state that was saved with this model"
+            )
+        if found.is_meta or not (found.is_floating_point() or entry == "step"):
+            raise ValueError(f"{entry} of {name} holds no numbers, but {found.dtype} on {found.device}. {_START_ANEW}")
+    if not 0 <= float(state["step"]) < math.inf:
+        raise ValueError(
+            f"step of {name} must be 0 or more in the state to load, got {float(state['step'])}. {_START_ANEW}"
+        )
+    if (sharding.local(state["exp_avg_sq"]) < 0).any():
+        raise ValueError(f"exp_avg_sq of {name}, a mean of squares, is negative in the state to load. {_START_ANEW}")
 
 
 def _foreign(state_dict: dict[str, Any]) -> str:

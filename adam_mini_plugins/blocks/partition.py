@@ -169,6 +169,7 @@ def partition(
             batch will do: two sequences of some tokens.
 
     Raises:
+        TypeError: The model is no module, or the rules are no pairs.
         PartitionError: A trainable parameter that no rule fits, a rule that matches nothing or
             doesn't fit what it matches, heads that don't divide a shape, a model that can't be run
             on the probe.
@@ -178,6 +179,9 @@ def partition(
         blocks = partition(model, rules=[("*.mixer.weight", "16 heads")])
         print(blocks)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"partition takes a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    _check_rules(rules)
     _check_choice("scheme", scheme, SCHEMES)
     _check_choice("value", value, VALUES)
     seen = _probed(model, probe)
@@ -248,6 +252,16 @@ def _structure(site: Site, rules: Sequence[Rule], multiplied: bool) -> Slices:
 def _check_choice(option: str, given: str, choices: tuple[str, ...]) -> None:
     if given not in choices:
         raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, got {given!r}")
+
+
+def _check_rules(rules: Any) -> None:
+    pairs = list(rules) if isinstance(rules, list | tuple) else [rules]
+    for rule in pairs:
+        if not isinstance(rule, tuple | list) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise TypeError(
+                f"rules must be a list of pairs such as ('*.mixer.weight', '16 heads'), got {rule!r}; of a mapping "
+                "pass list(rules.items())"
+            )
 
 
 def _all_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
