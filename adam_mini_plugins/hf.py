@@ -2,7 +2,8 @@
 
 It works wherever transformers' ``TrainingArguments`` do: ``Trainer``, ``Seq2SeqTrainer`` and what is
 built on them. Betas, epsilon and weight decay are those of the arguments, and the same parameters are
-decayed as with ``adamw_torch``. ``optim_args="value=whole,state_dtype=bfloat16"`` passes options on.
+decayed as with ``adamw_torch``. ``optim_args="value=whole,state_dtype=bfloat16"`` passes options on;
+with ``from_adamw=true`` among them, a checkpoint of AdamW's is resumed from as well.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 from typing import Any
 
 from .blocks import partition
+from .convert import take_over_adamw
 from .optimizer import AdamMini, trainable_parameters
 
 SUPPORTED = ">=5.2"
@@ -25,7 +27,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 NAME = "adam_mini"
-OPTIONS = ("scheme", "value", "state_dtype")
+OPTIONS = ("scheme", "value", "state_dtype", "from_adamw")
 
 
 def register() -> None:
@@ -68,6 +70,13 @@ def _registered_member() -> Any:
     return OptimizerNames(NAME)
 
 
+class _FromAdamW(AdamMini):
+    """An AdamMini that loads AdamW's state as well as its own."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(take_over_adamw(self, state_dict))
+
+
 def _adam_mini(context: Any) -> tuple[type[AdamMini], dict[str, Any]]:
     """Transformers' handler for this optimizer: its class and the keyword arguments to build it with."""
     if context.model is None:
@@ -80,10 +89,13 @@ def _adam_mini(context: Any) -> tuple[type[AdamMini], dict[str, Any]]:
         )
     options = dict(context.optim_args)
     state_dtype = options.pop("state_dtype", None)
+    from_adamw = options.pop("from_adamw", "false").lower()
+    if from_adamw not in ("true", "false"):
+        raise ValueError(f"from_adamw must be true or false, got {from_adamw!r} in optim_args")
     trainable_parameters(context.model)  # raises if there are none, where others would train nothing
     blocks = partition(context.model, **options)
     logger.info("%r", blocks)
-    return AdamMini, {
+    return _FromAdamW if from_adamw == "true" else AdamMini, {
         **context.optimizer_kwargs,
         **context.adam_kwargs,
         "partition": blocks,
