@@ -193,10 +193,10 @@ class Adam_mini(AdamMini):  # noqa: N801 (the published name)
         saved_groups = state_dict["param_groups"]
         names = [[group["name"] for group in groups] for groups in (saved_groups, self.param_groups)]
         if names[0] != names[1]:
-            foreign, own = next(pair for pair in zip_longest(*names) if pair[0] != pair[1])
+            theirs, ours = next(pair for pair in zip_longest(*names) if pair[0] != pair[1])
             raise ValueError(
-                f"the state to load is of {len(names[0])} parameters, this optimizer of {len(names[1])}, and {foreign!r} "
-                f"stands where here is {own!r}: pass the parameters that it was saved with, in their order"
+                f"the state to load has {len(names[0])} parameters, this optimizer {len(names[1])}, and {theirs!r} "
+                f"stands where here is {ours!r}: pass the parameters that it was saved with, in their order"
             )
         groups, states = [], {}
         for group, saved in zip(self.param_groups, saved_groups):
