@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from adam_mini_plugins import AdamMini, Partition, partition
 from adam_mini_plugins.convert import adam_mini_, take_over_adamw
+
+sys.path.append(str(Path(__file__).parent / "engines"))
+
+from launch import launch
 
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -418,3 +423,10 @@ def test_other_models_go_there_and_back(name: str) -> None:
     optimizer = AdamMini.from_adamw(adamw, blocks)
     assert_means(optimizer, squares, model, blocks)
     optimizer.to_adamw().step()
+
+
+@pytest.mark.xdist_group("engines")
+def test_sharded_parameters_are_converted_as_whole_ones_are() -> None:
+    figures = launch("native.py", 2, "change_of_mind")["change_of_mind"]
+    assert figures["weights"] <= 2e-6
+    assert figures["moments"] <= 1e-6
