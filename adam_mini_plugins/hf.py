@@ -2,7 +2,8 @@
 
 It works wherever transformers' ``TrainingArguments`` do: ``Trainer``, ``Seq2SeqTrainer`` and what is
 built on them. Betas, epsilon and weight decay are those of the arguments, and the same parameters are
-decayed as with ``adamw_torch``. ``optim_args="value=whole,state_dtype=bfloat16"`` passes options on.
+decayed as with ``adamw_torch``. ``optim_args="value=whole,state_dtype=bfloat16"`` passes options on;
+with ``from_adamw=true`` among them, a checkpoint of AdamW's is resumed from as well.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from .backward import AdamMiniInBackward
 from .blocks import partition
+from .convert import take_over_adamw
 from .optimizer import AdamMini, trainable_parameters
 
 SUPPORTED = ">=5.2"
@@ -27,8 +29,10 @@ logger = logging.getLogger(__name__)
 
 NAME = "adam_mini"
 _OF_PARTITION = ("scheme", "value")
-OPTIONS = (*_OF_PARTITION, "state_dtype", "fused", "stochastic_rounding", "seed", "in_backward")
-_TRUTHS = {"true": True, "false": False}
+_SWITCHES = ("in_backward", "from_adamw")
+OPTIONS = (*_OF_PARTITION, "state_dtype", "fused", "stochastic_rounding", "seed", *_SWITCHES)
+_TRUTHS: dict[str, bool | None] = {"true": True, "false": False}
+_CHOICES = {**dict.fromkeys(("stochastic_rounding", *_SWITCHES), _TRUTHS), "fused": {**_TRUTHS, "none": None}}
 
 
 def register() -> None:
@@ -71,6 +75,26 @@ def _registered_member() -> Any:
     return OptimizerNames(NAME)
 
 
+class _FromAdamW(AdamMini):
+    """An AdamMini that loads AdamW's state as well as its own."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(take_over_adamw(self, state_dict))
+
+
+class _FromAdamWInBackward(_FromAdamW, AdamMiniInBackward):
+    """The same, with steps in the backward pass."""
+
+
+# By the switches, in their order.
+_CLASSES: dict[tuple[bool, bool], type[AdamMini]] = {
+    (False, False): AdamMini,
+    (True, False): AdamMiniInBackward,
+    (False, True): _FromAdamW,
+    (True, True): _FromAdamWInBackward,
+}
+
+
 def _adam_mini(context: Any) -> tuple[type[AdamMini], dict[str, Any]]:
     """Transformers' handler for this optimizer: its class and the keyword arguments to build it with."""
     if context.model is None:
@@ -82,13 +106,13 @@ def _adam_mini(context: Any) -> tuple[type[AdamMini], dict[str, Any]]:
             f'it knows {", ".join(OPTIONS)}, as in optim_args="value=whole,state_dtype=bfloat16"'
         )
     options = {name: _read(name, given) for name, given in context.optim_args.items()}
-    in_backward = options.pop("in_backward", False)
+    in_backward, from_adamw = (options.pop(switch, False) for switch in _SWITCHES)
     if in_backward:
         _check_in_backward(context.args)
     trainable_parameters(context.model)  # raises if there are none, where others would train nothing
     blocks = partition(context.model, **{name: options.pop(name) for name in _OF_PARTITION if name in options})
     logger.info("%r", blocks)
-    return AdamMiniInBackward if in_backward else AdamMini, {
+    return _CLASSES[in_backward, from_adamw], {
         **context.optimizer_kwargs,
         **context.adam_kwargs,
         "partition": blocks,
@@ -102,7 +126,7 @@ def _read(name: str, given: str) -> Any:
     Raises:
         ValueError: It is not what the option takes.
     """
-    values = {"fused": {**_TRUTHS, "none": None}, "stochastic_rounding": _TRUTHS, "in_backward": _TRUTHS}.get(name)
+    values = _CHOICES.get(name)
     text = str(given).strip().lower()
     if values is not None:
         if text not in values:

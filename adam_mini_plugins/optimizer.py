@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from . import sharding
 from .blocks import Layout, Partition
@@ -33,6 +33,10 @@ _NEW_OPTIONS = {"fused": None, "stochastic_rounding": False, "seed": 0, "captura
 
 # Of each group, what its plan was made for and the plan.
 _Plans = Sequence[tuple[list[Any], Plan]]
+_TAKE_OVER = (
+    "Take it over with AdamMini.from_adamw(state, partition, params=model.named_parameters()), or in a Trainer with "
+    'optim_args="from_adamw=true"; or resume with the optimizer that saved it'
+)
 
 
 class AdamMini(Optimizer):
@@ -151,6 +155,84 @@ class AdamMini(Optimizer):
         """
         blocks = make_partition(model, scheme, value, tuple(rules), probe)  # type: ignore[arg-type]
         return cls(trainable_parameters(model), lr, betas, eps, weight_decay, partition=blocks, **options)
+
+    @classmethod
+    def from_adamw(
+        cls,
+        adamw: Optimizer | dict[str, Any],
+        partition: Partition,
+        *,
+        params: Iterable[Any] | None = None,
+        state_dtype: torch.dtype | str | None = None,
+    ) -> AdamMini:
+        """Takes over from AdamW, at any step: training goes on.
+
+        The momentum and the step counts are AdamW's, each block's second moment is the mean of
+        AdamW's. Groups keep their hyper-parameters, names and whatever others keep in them. AdamW is
+        left as it was. Where schedulers hold it, :func:`adam_mini_plugins.convert.adam_mini_` turns the
+        AdamW itself into AdamMini instead, without a copy of the momentum.
+
+        Args:
+            adamw: A ``torch.optim.AdamW`` (or an Adam without weight decay), or what its ``state_dict()`` returned.
+            partition: The blocks, from :func:`adam_mini_plugins.partition` of the model.
+            params: For a state dict, the parameters as they were given to AdamW: the same groups and order.
+            state_dtype: The momentum's dtype, the parameter's own by default.
+
+        Raises:
+            TypeError: It is another optimizer.
+            ValueError: An option that AdamMini has no equal to, a state that doesn't fit its parameter,
+                or a parameter that the partition doesn't know.
+
+        Example::
+
+            optimizer = AdamMini.from_adamw(optimizer, partition(model))
+
+            saved = torch.load("optimizer.pt", weights_only=True)  # or from a checkpoint
+            optimizer = AdamMini.from_adamw(saved, partition(model), params=model.named_parameters())
+        """
+        from .convert import from_adamw  # it builds on this module
+
+        return from_adamw(adamw, partition, params=params, state_dtype=state_dtype)
+
+    def to_adamw(self, **options: Any) -> AdamW:
+        """An AdamW that goes on where this optimizer is, which is left as it was.
+
+        Momentum, step counts and groups are this optimizer's; each element's second moment is its block's.
+
+        Args:
+            **options: What AdamW takes and AdamMini does not, as ``fused=True``.
+        """
+        from .convert import to_adamw
+
+        return to_adamw(self, **options)
+
+    def repartition(self, partition: Partition) -> None:
+        """Follows a model that has changed, or takes other blocks, in the middle of a run.
+
+        Each block's second moment is the mean of what its elements had. Momentum, step counts and
+        groups stay. A parameter that the model has replaced by another of the same name is replaced
+        here too. Where one extent has changed, as the vocabulary's, what stays keeps its state; what is
+        new starts with no momentum and the mean of the second moments of that tensor. What was frozen
+        and is trained now gets its blocks. Layers that are new are added afterwards, by
+        :meth:`add_param_group`.
+
+        Args:
+            partition: The blocks, from :func:`adam_mini_plugins.partition` of the model as it is now.
+
+        Raises:
+            ValueError: The partition doesn't know one of the parameters, or one has changed in more than
+                one extent. The optimizer is as it was.
+
+        Example::
+
+            optimizer.repartition(partition(model, value="whole"))
+
+            model.resize_token_embeddings(50_304)
+            optimizer.repartition(partition(model))
+        """
+        from .convert import repartition
+
+        repartition(self, partition)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or of ``(name, parameter)`` pairs, as torch's optimizers do.
@@ -394,7 +476,7 @@ class AdamMini(Optimizer):
             )
         for number, (group, saved) in enumerate(zip(groups, saved_groups)):
             if "blocks" not in saved:
-                raise ValueError(_foreign(state_dict))
+                raise ValueError(foreign(state_dict))
             if len(group["params"]) != len(saved["params"]):
                 raise ValueError(
                     f"parameter group {number} of the state to load has {len(saved['params'])} parameters, "
@@ -407,7 +489,8 @@ class AdamMini(Optimizer):
                 if blocks != saved_blocks:
                     raise ValueError(
                         f"{name} has blocks {blocks!r}, but {saved_blocks!r} in the state to load: load it into an "
-                        "optimizer made with the partition (scheme, value, rules) that it was saved with"
+                        "optimizer made with the partition (scheme, value, rules) that it was saved with, and then "
+                        "call optimizer.repartition(partition) if the blocks are to be others"
                     )
                 state = states.get(key)
                 if state:
@@ -533,7 +616,7 @@ def momentum_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
 
 
 def _device_of_step(parameter: Tensor, group: dict[str, Any]) -> torch.device:
-    """Where the count of a parameter's steps is: on the CPU, as torch's, since reading it must not wait for a device."""
+    """Where the count of a parameter's steps is: on the CPU, as torch's, for reading it must not wait for a device."""
     return parameter.device if group["capturable"] else torch.device("cpu")
 
 
@@ -599,8 +682,9 @@ def _check_parameters(group: dict[str, Any]) -> None:
         # Without a gradient too: an engine may have left this process none of the tensor.
         if blocks and not Layout.parse(blocks).fits(parameter.shape):
             raise RuntimeError(
-                f"{name} has shape {tuple(parameter.shape)}, which its blocks {blocks!r} don't fit: it was resized, or "
-                f"an engine has flattened it, as DeepSpeed ZeRO and FSDP1 do. {_ENGINES}"
+                f"{name} has shape {tuple(parameter.shape)}, which its blocks {blocks!r} don't fit: it was resized "
+                "(then call optimizer.repartition(partition(model))), or an engine has flattened it, as DeepSpeed "
+                f"ZeRO and FSDP1 do. {_ENGINES}"
             )
 
 
@@ -681,11 +765,12 @@ def _check_state(name: str, parameter: Tensor, layout: Layout, state: Any) -> No
         raise ValueError(f"exp_avg_sq of {name}, a mean of squares, is negative in the state to load. {_START_ANEW}")
 
 
-def _foreign(state_dict: dict[str, Any]) -> str:
+def foreign(state_dict: dict[str, Any]) -> str:
+    """Whose state this is that is not AdamMini's, and what to do: the text of an error."""
     keys = sorted({key for state in state_dict["state"].values() for key in state})
     is_adam = {"exp_avg", "exp_avg_sq"} <= set(keys)
     what = "Adam's or AdamW's: it has a second moment for each element" if is_adam else f"another optimizer's: {keys}"
     return (
-        f"the state to load is not AdamMini's but {what}. Resume with the optimizer that saved it, or start "
-        "AdamMini without this optimizer state (from the model's weights alone)"
+        f"the state to load is not AdamMini's but {what}. {_TAKE_OVER if is_adam else 'Resume with what saved it'}, or "
+        "start AdamMini without this optimizer state (from the model's weights alone)"
     )

@@ -31,6 +31,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, on every process of its mesh, which all have to call this; or the tensor itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def new_second_moment(parameter: Any, layout: Layout) -> Tensor:
     """Zeros, one for each row of a parameter, cut over processes as the parameter's rows are."""
     shape, dtype = layout.state_shape(parameter.shape), second_moment_dtype(parameter)

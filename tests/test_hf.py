@@ -131,7 +131,10 @@ def test_optim_args_reach_the_partition_and_the_state(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("optim_args", "message"),
     [
-        ("values=whole", "optim_args has 'values', which .* does not know; it knows scheme, value, state_dtype"),
+        (
+            "values=whole",
+            "optim_args has 'values', which .* does not know; it knows scheme, value, state_dtype,",
+        ),
         ("value=rows", "value must be one of 'neuron', 'whole', got 'rows'"),
         ("scheme=none", "scheme must be one of 'auto', 'hessian', 'tensor', got 'none'"),
         ("state_dtype=int8", "state_dtype must be a floating-point dtype .*, got 'int8'"),

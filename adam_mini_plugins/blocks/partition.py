@@ -101,6 +101,11 @@ class Partition:
         """The name of a parameter of the model that was partitioned, ``None`` for any other tensor."""
         return self._name_of.get(parameter)
 
+    def parameter(self, name: str) -> Tensor | None:
+        """The parameter of that name of the model that was partitioned, ``None`` if it is gone or unknown."""
+        wanted = self._aliases.get(name, name)
+        return next((parameter for parameter, known in self._name_of.items() if known == wanted), None)
+
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.get(name) is not None
 
