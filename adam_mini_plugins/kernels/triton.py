@@ -545,7 +545,7 @@ class _Plan:
                 continue
             for span in spans:
                 count = span.size * columns
-                job = _Job(number, *span, columns, period, sums)
+                job = _Job(number, span.start, span.blocks, span.size, columns, period, sums)
                 # Vectors of 8 elements must not reach across the ends of blocks; blocks of one element are one piece.
                 unit = count if count > 1 else span.blocks
                 whole = vectors and unit % 8 == 0 and span.start * columns % 8 == 0
