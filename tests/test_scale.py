@@ -20,11 +20,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from adam_mini_plugins import Layout
 from adam_mini_plugins.sharding import find_cuts
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "examples" / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 import scale
 
+ROOT = Path(__file__).parents[1]
 RECORD = json.loads((ROOT / "docs" / "scale.json").read_text())
 
 
