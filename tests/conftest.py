@@ -9,6 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import settings
+from matrix import proves, pytest_addoption
+
+__all__ = ["proves", "pytest_addoption"]
+pytest_plugins = ["pytester"]
 
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
