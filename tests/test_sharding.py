@@ -126,8 +126,8 @@ def test_fsdp2_on_2_processes(on_2: dict[str, Any], proves: Proves) -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_ddp(processes: int, on_2: dict[str, Any], on_3: dict[str, Any], proves: Proves) -> None:
-    for figures in (on_2 if processes == 2 else on_3)["ddp"].values():
+def test_ddp(processes: int, request: pytest.FixtureRequest, proves: Proves) -> None:
+    for figures in request.getfixturevalue(f"on_{processes}")["ddp"].values():
         near(figures)
         assert figures["placements"] == []
         assert figures["adam_mini calls"] == [{}] * 5
@@ -136,10 +136,8 @@ def test_ddp(processes: int, on_2: dict[str, Any], on_3: dict[str, Any], proves:
 
 
 @pytest.mark.parametrize(("processes", "heads_cut"), [(2, 2), (3, 1)])
-def test_tensor_parallel(
-    processes: int, heads_cut: int, on_2: dict[str, Any], on_3: dict[str, Any], proves: Proves
-) -> None:
-    figures = (on_2 if processes == 2 else on_3)["tensor_parallel"]
+def test_tensor_parallel(processes: int, heads_cut: int, request: pytest.FixtureRequest, proves: Proves) -> None:
+    figures = request.getfixturevalue(f"on_{processes}")["tensor_parallel"]
     near(figures["llama"])
     assert figures["llama"]["placements"] == ["(Shard(dim=0),)", "(Shard(dim=1),)"]
     # Every row of the two rowwise matrices; 3 query heads of 10 rows and one of keys by 2 or by 3 processes.
