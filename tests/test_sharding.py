@@ -198,26 +198,26 @@ def test_checkpoints(folder: Path, on_2: dict[str, Any], on_3: dict[str, Any], p
 
 
 # What the matrix calls a way of training with transformers.
-FEATURE_OF = {"trainer": "plain", "lora": "lora", "sft": "lora"}
+FEATURE_OF = {"trainer": "plain", "lora": "lora", "sft": "plain", "sft, lora": "lora"}
 
 
 @pytest.mark.parametrize(
     ("engine", "processes", "ways"),
     [
-        ("fsdp2", 2, ("trainer", "sft", "lora", "resumed")),
-        ("fsdp2", 3, ("trainer", "sft", "resumed")),
-        ("ddp", 2, ("trainer", "sft", "resumed")),
+        ("fsdp2", 2, ("trainer", "sft, lora", "lora", "resumed")),
+        ("fsdp2", 3, ("trainer", "sft, lora", "resumed")),
+        ("ddp", 2, ("trainer", "sft", "sft, lora", "resumed")),
         ("ddp", 3, ("trainer",)),
     ],
 )
 def test_transformers_and_trl(engine: str, processes: int, ways: Sequence[str], tmp_path: Path, proves: Proves) -> None:
     figures = launch("hf.py", processes, engine, *ways, CHECKPOINTS=str(tmp_path))
     named = {"fsdp2": "FSDP2", "ddp": "DDP"}[engine]
-    checkpoints = {"fsdp2": ["FULL_STATE_DICT", "SHARDED_STATE_DICT"], "ddp": ["plain"]}[engine]
-    assert figures.get("resumed") == (dict.fromkeys(checkpoints, 0.0) if "resumed" in ways else None)
+    kinds = {"fsdp2": ["FULL_STATE_DICT", "SHARDED_STATE_DICT"], "ddp": ["plain"]}[engine]
+    assert figures.get("resumed") == (dict.fromkeys(kinds, 0.0) if "resumed" in ways else None)
     for way in FEATURE_OF.keys() & set(ways):
         close_to_one_process(figures[way])
-        proves(f"{named}, {'TRL' if way == 'sft' else 'Trainer'}", FEATURE_OF[way], processes=processes)
+        proves(f"{named}, {'TRL' if way.startswith('sft') else 'Trainer'}", FEATURE_OF[way], processes=processes)
     if "resumed" in ways:
         proves(f"{named}, Trainer", "resume", processes=processes)
 

@@ -132,13 +132,13 @@ def with_lora(optim: str) -> Trainer:
     return Trainer(adapted, arguments(f"lora {optim}", optim=optim), train_dataset=DATA)
 
 
-def sft(optim: str) -> SFTTrainer:
+def sft(optim: str, config: LoraConfig | None = None) -> SFTTrainer:
     return SFTTrainer(
         model(),
         arguments(f"sft {optim}", SFTConfig, optim=optim),
         train_dataset=Dataset.from_dict({"input_ids": IDS.tolist()}),
         processing_class=trl_zoo.tokenizer(),
-        peft_config=lora(),
+        peft_config=config,
     )
 
 
@@ -172,7 +172,8 @@ def main() -> None:
     ways = {
         "trainer": lambda: compared(plain, model),
         "lora": lambda: compared(with_lora, lambda: get_peft_model(model(), lora())),
-        "sft": lambda: compared(sft, lambda: get_peft_model(model(), lora())),
+        "sft": lambda: compared(sft, model),
+        "sft, lora": lambda: compared(lambda optim: sft(optim, lora()), lambda: get_peft_model(model(), lora())),
         "resumed": resumed,
     }
     workers.report({way: ways[way]() for way in WAYS})
