@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_2(folder: Path) -> dict[str, Any]:
-    modules = ("fsdp2", "ddp", "tensor_parallel", "transformers_tp", "checkpoints", "refused", "placed")
+    modules = ("fsdp2", "ddp", "tensor_parallel", "checkpoints", "refused", "placed")
     return launch("native.py", 2, *modules, CHECKPOINTS=str(folder))
 
 
@@ -149,8 +149,8 @@ def test_tensor_parallel(processes: int, heads_cut: int, request: pytest.Fixture
     proves("tensor parallel, torch", "collectives", processes=processes, value="1")
 
 
-def test_tensor_parallelism_of_transformers(on_2: dict[str, Any], proves: Proves) -> None:
-    figures = on_2["transformers_tp"]
+def test_tensor_parallelism_of_transformers(tmp_path: Path, proves: Proves) -> None:
+    figures = launch("native.py", 2, "transformers_tp", CHECKPOINTS=str(tmp_path))["transformers_tp"]
     for name, rowwise in {"llama": 192 + 192, "experts": 48 + 4 * 48, "tied": 48 + 48}.items():
         near(figures[name])
         one_all_reduce(figures[name], rowwise)  # whole heads on each process, and norms on both
