@@ -274,7 +274,7 @@ def test_the_example_goes_on_with_another_number_of_processes(tmp_path: Path) ->
     resumed = run(3, 6, "cut")
     alone = run(1, 6, "alone")
     assert [figures["processes"] for figures in (first, resumed, alone)] == [2, 3, 1]
-    assert abs(resumed["loss"] - alone["loss"]) <= CLOSE
+    assert abs(resumed["loss"] - alone["loss"]) <= 1e-5  # some last places of a mean over a batch
     assert first["loss"] - resumed["loss"] > 1e-2  # it learns
     # Cut over three processes there is a count of steps of each tensor on each of them, and no more.
     counts = 12 * 4
