@@ -9,6 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import settings
+from matrix import proves, pytest_addoption
+
+__all__ = ["proves", "pytest_addoption"]
+pytest_plugins = ["pytester"]
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported.
 if not torch.cuda.is_available():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +16,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matrix import DOCS, Proves
 from test_layout import layouts, shape_for
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from adam_mini_plugins import Layout, sharding
+from adam_mini_plugins import Layout, PartitionError, partition, sharding
 from adam_mini_plugins.sharding import find_cuts
 
 sys.path.append(str(Path(__file__).parent / "engines"))
@@ -26,10 +31,23 @@ import checkpoints
 import workers
 from launch import launch
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "sharded.py"
+
 pytestmark = pytest.mark.xdist_group("engines")  # one launch at a time, and each of them once
 
 # The largest difference of a parameter from one process, after 5 steps.
 CLOSE = 1e-6
+# The most that state may take of AdamW's.
+SHARE = 0.51
+
+
+@pytest.fixture(scope="module")
+def yaml_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file for `accelerate launch` that the guide gives."""
+    (text,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "fsdp2.md").read_text(), re.DOTALL)
+    path = tmp_path_factory.mktemp("accelerate") / "fsdp2.yaml"
+    path.write_text(text)
+    return path
 
 
 def near(figures: dict[str, Any], tolerance: float = CLOSE) -> None:
@@ -60,14 +78,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_2(folder: Path) -> dict[str, Any]:
-    return launch(
-        "native.py", 2, "fsdp2", "tensor_parallel", "checkpoints", "refused", "in_backward", CHECKPOINTS=str(folder)
-    )
+    modules = ("fsdp2", "ddp", "tensor_parallel", "checkpoints", "refused", "placed", "in_backward")
+    return launch("native.py", 2, *modules, CHECKPOINTS=str(folder))
 
 
 @pytest.fixture(scope="module")
 def on_3(folder: Path, on_2: dict[str, Any]) -> dict[str, Any]:
-    return launch("native.py", 3, "fsdp2", "tensor_parallel", "checkpoints", CHECKPOINTS=str(folder))
+    return launch("native.py", 3, "fsdp2", "ddp", "tensor_parallel", "checkpoints", CHECKPOINTS=str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +92,7 @@ def on_4() -> dict[str, Any]:
     return launch("native.py", 4, "two_dimensions")
 
 
-def test_fsdp2_on_3_processes(on_3: dict[str, Any]) -> None:
+def test_fsdp2_on_3_processes(on_3: dict[str, Any], proves: Proves) -> None:
     figures = dict(on_3["fsdp2"])
     bfloat16 = figures.pop("bfloat16")
     assert bfloat16["adam_mini"] <= 2**-10  # gradients are rounded before they are added up: a few last places
@@ -91,22 +108,36 @@ def test_fsdp2_on_3_processes(on_3: dict[str, Any]) -> None:
     # Conv1D's matrices are cut across their columns, so that every block is cut.
     one_all_reduce(figures["conv1d"], 6 + 6 + 48 + 48 + 192 + 48 + 3)
     assert figures["experts"]["empty parts"] == 3  # 4 experts, twice, and the router's 4 rows
-    assert figures["llama"]["share"] <= 0.51
+    assert figures["llama"]["share"] <= SHARE
+    proves("FSDP2, torch", "plain", "tied", "fused", "experts", "bf16", processes=3)
+    proves("FSDP2, torch", "state", processes=3, value=f"≤ {SHARE}")
+    proves("FSDP2, torch", "collectives", processes=3, value="1")
 
 
-def test_fsdp2_on_2_processes(on_2: dict[str, Any]) -> None:
+def test_fsdp2_on_2_processes(on_2: dict[str, Any], proves: Proves) -> None:
     figures = on_2["fsdp2"]
     for of_case in figures.values():
         assert of_case["placements"] == ["(Shard(dim=0),)"]
         near(of_case)
     one_all_reduce(figures["llama"], 5)  # no head is cut
     one_all_reduce(figures["tied"], 1 + 1 + 3)  # the middle one of 3 query heads, the key head
-    assert figures["llama"]["share"] <= 0.51
+    assert figures["llama"]["share"] <= SHARE
+    proves("FSDP2, torch", "plain", "tied", "fused", processes=2)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_ddp(processes: int, request: pytest.FixtureRequest, proves: Proves) -> None:
+    for figures in request.getfixturevalue(f"on_{processes}")["ddp"].values():
+        near(figures)
+        assert figures["placements"] == []
+        assert figures["adam_mini calls"] == [{}] * 5
+    proves("DDP, torch", "plain", "tied", processes=processes)
+    proves("DDP, torch", "collectives", processes=processes, value="0")
 
 
 @pytest.mark.parametrize(("processes", "heads_cut"), [(2, 2), (3, 1)])
-def test_tensor_parallel(processes: int, heads_cut: int, on_2: dict[str, Any], on_3: dict[str, Any]) -> None:
-    figures = (on_2 if processes == 2 else on_3)["tensor_parallel"]
+def test_tensor_parallel(processes: int, heads_cut: int, request: pytest.FixtureRequest, proves: Proves) -> None:
+    figures = request.getfixturevalue(f"on_{processes}")["tensor_parallel"]
     near(figures["llama"])
     assert figures["llama"]["placements"] == ["(Shard(dim=0),)", "(Shard(dim=1),)"]
     # Every row of the two rowwise matrices; 3 query heads of 10 rows and one of keys by 2 or by 3 processes.
@@ -114,9 +145,26 @@ def test_tensor_parallel(processes: int, heads_cut: int, on_2: dict[str, Any], o
     assert max(figures["any placement"].values()) <= CLOSE
     assert figures["uncut"] == {}
     assert figures["missing"] == 1
+    proves("tensor parallel, torch", "plain", processes=processes)
+    proves("tensor parallel, torch", "collectives", processes=processes, value="1")
 
 
-def test_a_mesh_of_two_dimensions(on_4: dict[str, Any]) -> None:
+def test_tensor_parallelism_of_transformers(tmp_path: Path, proves: Proves) -> None:
+    figures = launch("native.py", 2, "transformers_tp", CHECKPOINTS=str(tmp_path))["transformers_tp"]
+    for name, rowwise in {"llama": 192 + 192, "experts": 48 + 4 * 48, "tied": 48 + 48}.items():
+        near(figures[name])
+        one_all_reduce(figures[name], rowwise)  # whole heads on each process, and norms on both
+        assert {"(Shard(dim=0),)", "(Shard(dim=1),)"} <= set(figures[name]["placements"])
+    assert "(_StridedShard(dim=1, sf=2),)" in figures["experts"]["placements"]  # gate and up, each cut in two
+    assert figures["llama"]["share"] <= SHARE
+    close_to_one_process(figures["trainer"])
+    engine = "tensor parallel, transformers' plan"
+    proves(engine, "plain", "experts", "tied", processes=2)
+    proves(engine, "state", processes=2, value=f"≤ {SHARE}")
+    proves(engine, "collectives", processes=2, value="1")
+
+
+def test_a_mesh_of_two_dimensions(on_4: dict[str, Any], proves: Proves) -> None:
     figures = on_4["two_dimensions"]
     near(figures["llama"])
     assert figures["llama"]["placements"] == [
@@ -126,9 +174,11 @@ def test_a_mesh_of_two_dimensions(on_4: dict[str, Any]) -> None:
     one_all_reduce(figures["llama"], 24 + 24 + 3 + 1, dimensions=2)
     assert max(figures["any placement"].values()) <= CLOSE
     assert figures["uncut"] == {}
+    proves("tensor parallel x FSDP2, torch", "plain", processes=4)
+    proves("tensor parallel x FSDP2, torch", "collectives", processes=4, value="2")
 
 
-def test_checkpoints(folder: Path, on_2: dict[str, Any], on_3: dict[str, Any]) -> None:
+def test_checkpoints(folder: Path, on_2: dict[str, Any], on_3: dict[str, Any], proves: Proves) -> None:
     for figures in (on_2["checkpoints"], on_3["checkpoints"]):
         # On as many processes: sharded by DCP, as each process's own state_dict(), whole from process 0.
         assert [figures[way] for way in ("sharded", "state_dict", "full")] == [0.0, 0.0, 0.0]
@@ -142,33 +192,94 @@ def test_checkpoints(folder: Path, on_2: dict[str, Any], on_3: dict[str, Any]) -
     resumed = checkpoints.resharded(folder, of_one)
     assert sorted(resumed) == ["from 2", "from 3"]
     assert max(resumed.values()) <= CLOSE
+    for processes in (2, 3):
+        proves("FSDP2, torch", "resume", processes=processes)
+    proves("FSDP2, torch", "reshard", processes=3, value="1, 2, 3")
 
 
-@pytest.mark.parametrize(("engine", "processes"), [("fsdp2", 2), ("fsdp2", 3), ("ddp", 2)])
-def test_transformers_and_trl(engine: str, processes: int, tmp_path: Path) -> None:
-    figures = launch("hf.py", processes, engine, CHECKPOINTS=str(tmp_path))
-    for trainer in ("trainer", "sft"):
-        assert figures[trainer]["adam_mini"] <= CLOSE
-        assert figures[trainer]["adam_mini moved"] > 1e-3
-        assert figures[trainer]["adamw"] <= 1e-3
-        assert figures[trainer]["adamw moved"] > 1e-3
-    ways = ["plain"] if engine == "ddp" else ["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
-    assert figures["resumed"] == dict.fromkeys(ways, 0.0)
+# What the matrix calls a way of training with transformers.
+FEATURE_OF = {"trainer": "plain", "lora": "lora", "sft": "plain", "sft, lora": "lora"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "ways"),
+    [
+        ("fsdp2", 2, ("trainer", "sft, lora", "lora", "resumed")),
+        ("fsdp2", 3, ("trainer", "sft, lora", "resumed")),
+        ("ddp", 2, ("trainer", "sft", "sft, lora", "resumed")),
+        ("ddp", 3, ("trainer",)),
+    ],
+)
+def test_transformers_and_trl(engine: str, processes: int, ways: Sequence[str], tmp_path: Path, proves: Proves) -> None:
+    figures = launch("hf.py", processes, engine, *ways, CHECKPOINTS=str(tmp_path))
+    named = {"fsdp2": "FSDP2", "ddp": "DDP"}[engine]
+    kinds = {"fsdp2": ["FULL_STATE_DICT", "SHARDED_STATE_DICT"], "ddp": ["plain"]}[engine]
+    assert figures.get("resumed") == (dict.fromkeys(kinds, 0.0) if "resumed" in ways else None)
+    for way in FEATURE_OF.keys() & set(ways):
+        close_to_one_process(figures[way])
+        proves(f"{named}, {'TRL' if way.startswith('sft') else 'Trainer'}", FEATURE_OF[way], processes=processes)
+    if "resumed" in ways:
+        proves(f"{named}, Trainer", "resume", processes=processes)
+
+
+def test_accelerate_launch_with_the_guides_file(yaml_file: Path, tmp_path: Path, proves: Proves) -> None:
+    launcher = ("accelerate.commands.launch", "--config_file", str(yaml_file), "--mixed_precision", "no")
+    figures = launch("hf.py", 2, "launched", "trainer", launcher=launcher, CHECKPOINTS=str(tmp_path))
+    close_to_one_process(figures["trainer"])
+    proves("FSDP2, accelerate launch", "plain", processes=2)
+
+
+def close_to_one_process(figures: dict[str, float]) -> None:
+    assert figures["adam_mini"] <= CLOSE
+    assert figures["adam_mini moved"] > 1e-3
+    assert figures["adamw"] <= 1e-3
+    assert figures["adamw moved"] > 1e-3
+
+
+LIGHTNING = {
+    "ddp": "DDP, Lightning",
+    "model parallel": "FSDP2, Lightning",
+    "tensor parallel": "tensor parallel, Lightning",
+}
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_lightning(processes: int, tmp_path: Path) -> None:
-    figures = launch("lightning_fit.py", processes, CHECKPOINTS=str(tmp_path))
-    assert sorted(figures) == ["ddp", "model parallel", "whole checkpoint"]
+def test_lightning(processes: int, tmp_path: Path, proves: Proves) -> None:
+    ways = ["ddp", "model parallel", "whole checkpoint", *["tensor parallel"][: processes == 2]]
+    figures = launch("lightning_fit.py", processes, *ways, CHECKPOINTS=str(tmp_path))
+    assert sorted(figures) == sorted(ways)
     for of_strategy in figures.values():
         assert of_strategy["adam_mini"] <= CLOSE
         assert of_strategy["adam_mini moved"] > 1e-3
         # DDP cuts gradients into other buckets at the first step, and adds three processes up in another order.
         exact = of_strategy.get("adamw resumed", 0.0) == 0.0
         assert of_strategy["adam_mini resumed"] <= (0.0 if exact else CLOSE)
-    for name in ("ddp", "model parallel"):
-        assert figures[name]["adamw"] <= 1e-3
-        assert figures[name]["adamw moved"] > 1e-3
+    for name in LIGHTNING.keys() & figures.keys():
+        close_to_one_process(figures[name])
+        proves(LIGHTNING[name], "plain", "resume", processes=processes)
+
+
+def test_the_example_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    def run(processes: int, steps: int, folder: str) -> dict[str, float]:
+        small = ("--steps", str(steps), "--d-model", "48", "--layers", "1", "--seq-len", "16")
+        command = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(EXAMPLE))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run(
+            (sys.executable, "-m", *command, *small, "--output-dir", folder),
+            cwd=tmp_path, env=environment, check=True, timeout=150,
+        )  # fmt: skip
+        return json.loads((tmp_path / folder / "sharded.json").read_text())
+
+    first = run(2, 3, "cut")
+    resumed = run(3, 6, "cut")
+    alone = run(1, 6, "alone")
+    assert [figures["processes"] for figures in (first, resumed, alone)] == [2, 3, 1]
+    assert abs(resumed["loss"] - alone["loss"]) <= 1e-5  # some last places of a mean over a batch
+    assert first["loss"] - resumed["loss"] > 1e-2  # it learns
+    # Cut over three processes there is a count of steps of each tensor on each of them, and no more.
+    counts = 12 * 4
+    assert resumed["optimizer/state_bytes_all_ranks"] == alone["optimizer/state_bytes_all_ranks"] + 2 * counts
+    assert alone["optimizer/state_bytes"] < 0.52 * alone["optimizer/adamw_state_bytes"]
 
 
 def test_fsdp1_is_refused(on_2: dict[str, Any]) -> None:
@@ -190,6 +301,24 @@ def test_steps_in_the_backward_pass_are_refused_where_gradients_are_averaged_aft
     said = on_2["in_backward"]["ddp"]
     assert "is that of one of 2 processes: DistributedDataParallel averages gradients after" in said
     assert "Use FSDP2" in said
+
+
+def test_what_is_not_placed_as_it_must_be_is_refused(on_2: dict[str, Any]) -> None:
+    said = on_2["placed"]
+    assert "does not train parameters that are placed as P(sum)" in said["partial"]
+    for case in ("sharded into plain", "another mesh"):
+        assert "the state to load is cut over the processes of DeviceMesh" in said[case]
+        assert "torch.distributed.checkpoint.state_dict" in said[case]
+
+
+def test_tensor_parallelism_by_plain_tensors_is_refused() -> None:
+    model = workers.llama()
+    model._tp_size = 2  # what older transformers say of it, whose parameters are plain
+    for options in ({}, {"scheme": "tensor"}, {"rules": [("*", "tensor")]}):
+        with pytest.raises(
+            PartitionError, match=r"LlamaForCausalLM has been cut over 2 processes.*upgrade transformers"
+        ):
+            partition(model, **options)
 
 
 # --- which blocks are cut, for processes that need not be there -------------------------------------

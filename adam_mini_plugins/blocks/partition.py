@@ -177,7 +177,7 @@ def partition(
         TypeError: The model is no module, or the rules are no pairs.
         PartitionError: A trainable parameter that no rule fits, a rule that matches nothing or
             doesn't fit what it matches, heads that don't divide a shape, a model that can't be run
-            on the probe.
+            on the probe, or one cut for tensor parallelism as plain tensors.
 
     Example::
 
@@ -189,6 +189,7 @@ def partition(
     _check_rules(rules)
     _check_choice("scheme", scheme, SCHEMES)
     _check_choice("value", value, VALUES)
+    _check_whole(model)
     seen = _probed(model, probe)
     if scheme == "auto":
         scheme = "hessian" if seen.heads or has_attention(model) else "tensor"
@@ -266,6 +267,19 @@ def _check_rules(rules: Any) -> None:
             raise TypeError(
                 f"rules must be a list of pairs such as ('*.mixer.weight', '16 heads'), got {rule!r}; of a mapping "
                 "pass list(rules.items())"
+            )
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raises for a model of whose matrices each process has a part that looks like all of it."""
+    for module in model.modules():
+        processes = getattr(module, "_tp_size", None) or 1
+        # transformers cuts such a model as DTensors now, which tell; once it did as plain tensors.
+        if processes > 1 and not any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+            raise PartitionError(
+                f"{type(module).__name__} has been cut over {processes} processes for tensor parallelism, as plain "
+                "tensors from which whole rows and heads can't be told: upgrade transformers (5.23 makes them "
+                "DTensors, which AdamMini trains), or load it without tp_plan"
             )
 
 

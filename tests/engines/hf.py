@@ -1,4 +1,8 @@
-"""transformers' Trainer and TRL's SFTTrainer under DistributedDataParallel (`ddp`) and FSDP2 (`fsdp2`), on the CPU."""
+"""transformers' Trainer and TRL's SFTTrainer on the CPU, under one of three engines.
+
+`ddp` is DistributedDataParallel; `fsdp2` is FSDP2 as TrainingArguments set it, and `launched` as the file of
+`accelerate launch` does.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from trl import SFTConfig, SFTTrainer
 import adam_mini_plugins.hf  # makes optim="adam_mini" known
 from adam_mini_plugins import AdamMini
 
-(ENGINE,) = workers.arguments()
+ENGINE, *WAYS = workers.arguments()
 OUTPUT = Path(os.environ["CHECKPOINTS"])
 IDS = workers.batches(1)[0]  # each step sees all of it, in whatever order
 DATA = [{"input_ids": ids, "labels": ids} for ids in IDS]
@@ -46,9 +50,10 @@ def arguments(folder: str, cls: type = TrainingArguments, **options: Any) -> Any
         "bf16": False,
         "gradient_checkpointing": False,
     }
+    if ENGINE != "ddp":
+        defaults["accelerator_config"] = {"use_configured_state": True}
     if ENGINE == "fsdp2":
         defaults |= {
-            "accelerator_config": {"use_configured_state": True},
             "fsdp": True,
             "fsdp_config": {
                 "version": 2,
@@ -90,7 +95,7 @@ def ends(trainer: Trainer) -> dict[str, torch.Tensor]:
 def assert_engine(trainer: Trainer) -> None:
     kind = trainer.accelerator.distributed_type
     params = [p for group in inner(trainer).param_groups for p in group["params"]]
-    if ENGINE == "fsdp2":
+    if ENGINE != "ddp":
         assert kind == DistributedType.FSDP, kind
         assert trainer.accelerator.is_fsdp2
         assert all(isinstance(p, DTensor) for p in params)
@@ -122,13 +127,18 @@ def plain(optim: str) -> Trainer:
     return Trainer(model(), arguments(optim, optim=optim), train_dataset=DATA)
 
 
-def sft(optim: str) -> SFTTrainer:
+def with_lora(optim: str) -> Trainer:
+    adapted = get_peft_model(model(), lora())
+    return Trainer(adapted, arguments(f"lora {optim}", optim=optim), train_dataset=DATA)
+
+
+def sft(optim: str, config: LoraConfig | None = None) -> SFTTrainer:
     return SFTTrainer(
         model(),
         arguments(f"sft {optim}", SFTConfig, optim=optim),
         train_dataset=Dataset.from_dict({"input_ids": IDS.tolist()}),
         processing_class=trl_zoo.tokenizer(),
-        peft_config=lora(),
+        peft_config=config,
     )
 
 
@@ -155,17 +165,18 @@ def resumed() -> dict[str, float]:
 def main() -> None:
     faulthandler.dump_traceback_later(140)
     state = PartialState(cpu=True, backend="gloo")
-    if ENGINE == "fsdp2":
+    if ENGINE != "ddp":
         # accelerate takes FSDP for a matter of accelerators, and would train DDP on a CPU without a word.
         state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         state._shared_state["device"] = torch.device("cpu")
-    workers.report(
-        {
-            "trainer": compared(plain, model),
-            "sft": compared(sft, lambda: get_peft_model(model(), lora())),
-            "resumed": resumed(),
-        }
-    )
+    ways = {
+        "trainer": lambda: compared(plain, model),
+        "lora": lambda: compared(with_lora, lambda: get_peft_model(model(), lora())),
+        "sft": lambda: compared(sft, model),
+        "sft, lora": lambda: compared(lambda optim: sft(optim, lora()), lambda: get_peft_model(model(), lora())),
+        "resumed": resumed,
+    }
+    workers.report({way: ways[way]() for way in WAYS})
 
 
 main()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,22 @@ HERE = Path(__file__).parent
 SECONDS = int(os.environ.get("ENGINE_SECONDS", "150"))  # processes that wait for one another wait for ever
 
 
-def launch(script: str, processes: int, *arguments: str, **environment: str) -> dict[str, Any]:
+def launch(script: str, processes: int, *arguments: str, launcher: Sequence[str] = (), **environment: str) -> Any:
     """The figures that process 0 of a script in this folder passed to `workers.report`.
+
+    Args:
+        script: The script.
+        processes: On how many processes.
+        *arguments: The script's own, as `workers.arguments` gives them.
+        launcher: The module that launches it and its options, torch's own by default.
+        **environment: Variables for all processes.
 
     Raises:
         AssertionError: A process failed, or they were not done in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
-            *(str(HERE / script), folder, *arguments),
-        ]
+        torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+        command = [sys.executable, "-m", *(launcher or torchrun), str(HERE / script), folder, *arguments]
         env = {
             **os.environ,
             "OMP_NUM_THREADS": "1",

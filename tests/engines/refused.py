@@ -20,7 +20,7 @@ def fsdp1(use_orig_params: bool) -> Any:
 def message(act: Any) -> str:
     try:
         act()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return str(error)
     return "not refused"
 

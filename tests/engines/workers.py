@@ -76,7 +76,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(p).clone() for name, p in model.named_parameters()}
+    # DistributedDataParallel holds the model as a module of its own.
+    return {name.removeprefix("module."): whole(p).clone() for name, p in model.named_parameters()}
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -111,7 +112,7 @@ def swapped(model: nn.Module, shard: Callable[[nn.Module], None], make: Callable
 
 def compare(
     build: Callable[[], nn.Module],
-    shard: Callable[[nn.Module], None],
+    shard: Callable[[nn.Module], nn.Module | None],
     part: slice | None = None,
     swap: bool = False,
     **options: Any,
@@ -120,7 +121,7 @@ def compare(
 
     Args:
         build: Makes the model, always the same.
-        shard: Shards it in place.
+        shard: Shards it in place, or returns what wraps it.
         part: This process's part of a batch.
         swap: Makes the optimizer before it is sharded.
         **options: For `train`.
@@ -136,7 +137,7 @@ def compare(
         if swap:
             optimizer = swapped(sharded, shard, make)
         else:
-            shard(sharded)
+            sharded = shard(sharded) or sharded
             optimizer = make(sharded)
         watch = Watch()
         with floats_reduced() as floats:
