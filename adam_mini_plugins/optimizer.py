@@ -458,7 +458,13 @@ def _watched(group: dict[str, Any]) -> list[Any]:
     """What of a group a plan hangs on, besides the tensors of a step: a change of it, and all is checked anew."""
     params = group["params"]
     options = [group[key] for key in ("fused", "stochastic_rounding", "seed", "state_dtype", "capturable")]
-    return [*options, list(map(id, params)), [p.shape for p in params], list(group["blocks"]), len(group["param_names"])]
+    return [
+        *options,
+        list(map(id, params)),
+        [p.shape for p in params],
+        list(group["blocks"]),
+        len(group["param_names"]),
+    ]
 
 
 def _members(

@@ -47,7 +47,12 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("small_tasks")
 @settings(max_examples=80, deadline=None)
 @given(
-    layouts(), st.integers(1, 3), st.booleans(), st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 0.02]), st.booleans()
+    layouts(),
+    st.integers(1, 3),
+    st.booleans(),
+    st.sampled_from([0.0, 0.1]),
+    st.sampled_from([0.0, 0.02]),
+    st.booleans(),
 )
 def test_any_layout_follows_the_paper(
     layout: Layout, steps: int, maximize: bool, weight_decay: float, lr: float, beta_is_small: bool
@@ -105,14 +110,18 @@ def test_large_tensors_follow_the_paper(name: str) -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(run(parameter, layout, grads, fused=True)[0])
-    torch.testing.assert_close(results[0].double(), expected_of(parameter.detach(), grads, layout), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        results[0].double(), expected_of(parameter.detach(), grads, layout), rtol=1e-6, atol=1e-6
+    )
     assert all(result.equal(results[0]) for result in results)
 
 
 @needs_kernel
 @pytest.mark.parametrize("state_dtype", [None, "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("name", ["rows of one tile", "rows of tiles and a rest", "narrow heads", "elements", "columns"])
+@pytest.mark.parametrize(
+    "name", ["rows of one tile", "rows of tiles and a rest", "narrow heads", "elements", "columns"]
+)
 def test_low_precision_rounds_the_float32_result_once(name: str, dtype: torch.dtype, state_dtype: str | None) -> None:
     shape, layout = LARGE[name]
     parameter, grads = case(shape, steps=1, dtype=dtype)
@@ -159,7 +168,9 @@ def test_odd_addresses_and_empty_tensors() -> None:
         expected = expected_of(parameter.detach(), [grad], layout)
         parameter.grad = grad
         optimizer_for(parameter, layout, fused=True).step()
-        assert ((parameter.detach().double() - expected).abs() <= ROUNDING.get(dtype, 1e-6) * expected.abs() + 1e-6).all()
+        assert (
+            (parameter.detach().double() - expected).abs() <= ROUNDING.get(dtype, 1e-6) * expected.abs() + 1e-6
+        ).all()
     result, optimizer = run(torch.empty(0, 5), Layout.each_row(0), [torch.empty(0, 5)], fused=True)
     assert result.shape == (0, 5)
 
@@ -298,7 +309,9 @@ def test_the_floating_point_unit_keeps_its_mode() -> None:
 
 @needs_kernel
 def test_a_process_that_forks_after_a_step_steps_on() -> None:
-    code = STEP + """
+    code = (
+        STEP
+        + """
 import os
 torch.set_num_threads(2)
 step(fused=True)
@@ -309,10 +322,13 @@ if not child:
     os._exit(0)
 print(os.waitpid(child, 0)[1])
 """
+    )
     assert python(code).split() == ["0"]
 
 
-def test_without_the_library_one_line_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_the_library_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(cpu, "find_spec", lambda name: None)
     cpu.library.cache_clear()
     try:
@@ -392,7 +408,9 @@ def test_rounding_at_random_follows_its_definition(shape: tuple[int, int], fused
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", ["rows of one tile", "rows of tiles and a rest", "narrow heads", "columns", "a long block"])
+@pytest.mark.parametrize(
+    "name", ["rows of one tile", "rows of tiles and a rest", "narrow heads", "columns", "a long block"]
+)
 def test_all_ways_round_alike(name: str) -> None:
     shape, layout = LARGE[name]
     parameter, grads = case(shape, steps=1, dtype=torch.bfloat16)

@@ -62,7 +62,9 @@ class Plan:
                 raise RuntimeError(f"fused=True, but no fused kernel can update {name}: {why}. Pass fused=None")
             numbers_of.setdefault(way, []).append(number)
         self._members, self._facts = members, _facts(members)
-        self._ways = [(way, numbers, [seeds[i] for i in numbers] if seeds else []) for way, numbers in numbers_of.items()]
+        self._ways = [
+            (way, numbers, [seeds[i] for i in numbers] if seeds else []) for way, numbers in numbers_of.items()
+        ]
         self._table = next((cpu.Table(*members.at(of), seeds) for way, of, seeds in self._ways if way is cpu), None)
 
     def holds(self, members: Members) -> bool:
