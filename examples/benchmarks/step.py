@@ -1,8 +1,8 @@
-"""Times an optimizer's step: AdamMini, AdamW and others, on tensors of many sizes and dtypes, and what memory it takes.
+"""Times a step of AdamMini, AdamW and other optimizers on tensors of many sizes and dtypes, and measures its memory.
 
-    python examples/benchmarks/step.py                  # all of it, in about five minutes; writes docs/step.json and .png
+    python examples/benchmarks/step.py            # all of it, in some minutes; writes docs/step.{json,md,png}
     python examples/benchmarks/step.py --cases "50M float32" "LoRA float32" --threads 1
-    python examples/benchmarks/step.py --quick          # tiny, in seconds: does it run?
+    python examples/benchmarks/step.py --quick    # tiny, in seconds: does it run?
 
 All optimizers of a case step tensors of the same shapes with the same random gradients, by turns in one process, so
 that what disturbs the machine disturbs them all. A ratio of times is the median, over rounds, of the time in a round
@@ -85,7 +85,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads of a step on a CPU")
     parser.add_argument("--rounds", type=int, default=25, help="timed steps of each optimizer, at least 3")
     parser.add_argument("--seconds", type=float, default=2.5, help="after which a slow optimizer sits out, each case")
-    parser.add_argument("--output-dir", type=Path, default=Path("docs"), help="where step.json and step.png go")
+    parser.add_argument("--output-dir", type=Path, default=Path("docs"), help="where step.json, step.md, step.png go")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the sizes, three rounds")
     return parser.parse_args(argv)
 
@@ -282,7 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark, prints Markdown tables, and writes figures and a plot."""
     args = parse_arguments(argv)
     facts = report.environment(args.device)
-    print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+    facts_line = ", ".join(f"{key} {value}" for key, value in facts.items())
+    print(facts_line, flush=True)
     rows = []
     for name in args.cases:
         case = CASES[name]
@@ -298,8 +299,9 @@ def main(argv: list[str] | None = None) -> None:
             rows += [figures(name, threads, entry, entries[0]) for entry in entries]
         torch.set_num_threads(threads_before)
         print(f"measured {name}", flush=True)
-    print(f"\n{tables(rows)}")
     report.write(args.output_dir / "step.json", {"environment": facts, "rows": rows})
+    (args.output_dir / "step.md").write_text(f"{facts_line}\n\n{tables(rows)}\n")
+    print(f"\n{tables(rows)}")
     plot(rows, args.output_dir / "step.png")
 
 
