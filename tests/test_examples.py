@@ -6,6 +6,7 @@ The demo, examples/pretrain.py, is in test_plan.py with the figures that the REA
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -131,3 +133,47 @@ def test_lightning_finetune(tmp_path: Path) -> None:
     expected = predicted(lambda: transformers.LlamaForCausalLM(config))
     assert measured(tmp_path) == {title: expected[title] for title in ("Adam-mini", "AdamW")}
     assert (tmp_path / "out" / "lightning_finetune.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs a benchmark in its quick form and returns the figures that it has written."""
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+
+    def run_benchmark(name: str, *options: str) -> dict[str, Any]:
+        importlib.import_module(name).main(["--quick", "--output-dir", str(tmp_path), *options])
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    return run_benchmark
+
+
+def test_the_benchmark_of_a_step(benchmark: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    rows = benchmark("step", "--threads", "1", "--cases", "50M bfloat16", "LoRA float32")["rows"]
+    of = {(row["case"], row["optimizer"]): row for row in rows}
+    for case, dtype in (("50M bfloat16", 2), ("LoRA float32", 4)):
+        baseline, ours = of[case, "AdamW, fused"], of[case, "AdamMini"]
+        assert baseline["step_ratio"] == baseline["state_ratio"] == 1.0
+        # Both hold two moments, or one and some, in the parameters' dtype, and a count.
+        assert baseline["state_bytes"] == 2 * dtype * baseline["parameters"] + 4 * baseline["tensors"]
+        assert 0.5 < ours["state_ratio"] < 0.51
+        # A copy of all second moments, or of no more than a row.
+        assert of[case, "AdamW, foreach"]["extra_fraction"] >= 1.0 > 0.01 > ours["extra_fraction"]
+        assert all(row["step_ms"] > 0 and row["rounds"] >= 3 for row in of.values())
+    assert of["LoRA float32", "AdamMini"]["tensors"] == 300
+    assert of["LoRA float32", "AdamMini"]["parameters"] == 300 * 8 * 512
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+    assert f"| AdamMini | {of['50M bfloat16', 'AdamMini']['step_ratio']:.2f} |" in (tmp_path / "step.md").read_text()
+
+
+def test_the_benchmark_of_training(benchmark: Callable[..., dict[str, Any]]) -> None:
+    figures = benchmark("training")
+    peaks = {row["optimizer"]: row["peak_bytes_per_parameter"] for row in figures["rows"]}
+    # In the backward pass, one gradient at a time: the peak is lower by nearly all of them.
+    assert 2.0 < peaks["adam_mini"] - peaks["adam_mini, in_backward=true"] <= 4.0
+    assert all(row["tokens_per_second"] > 0 and row["time_ratio"] > 0 for row in figures["rows"])
+
+
+def test_the_benchmark_of_the_start(benchmark: Callable[..., dict[str, Any]]) -> None:
+    figures = benchmark("startup")
+    assert figures["parameters"] == 2 * 32_000 * 4096 + 4 * 4096**2 + 3 * 4096 * 11_008 + 3 * 4096
+    assert all(figures[key] > 0 for key in ("import_seconds", "build_seconds", "build_adamw_seconds"))

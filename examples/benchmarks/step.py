@@ -1,44 +1,66 @@
-"""Times one optimizer step of Adam-mini beside torch's AdamW, and measures state and extra memory.
+"""Times a step of AdamMini, AdamW and other optimizers on tensors of many sizes and dtypes, and measures its memory.
 
-    python examples/benchmarks/step.py --millions 25 --dtype float32 --threads 1
+    python examples/benchmarks/step.py            # all of it, in some minutes; writes docs/step.{json,md,png}
+    python examples/benchmarks/step.py --cases "50M float32" "LoRA float32" --threads 1
+    python examples/benchmarks/step.py --quick    # tiny, in seconds: does it run?
 
-All optimizers step the parameters of the same Llama with the same random gradients, by turns in one process,
-so that what disturbs the machine disturbs them all. A ratio of times is the median, over rounds, of the time
-in a round divided by fused AdamW's in the same round. Where the published package ``adam-mini`` is installed,
-it takes part. Where other work shares the machine, ``--threads 1`` gives the steadiest figures.
+All optimizers of a case step tensors of the same shapes with the same random gradients, by turns in one process, so
+that what disturbs the machine disturbs them all. A ratio of times is the median, over rounds, of the time in a round
+divided by fused AdamW's in the same round. Slow ones take part in fewer rounds, three at least. Peers take part where
+they are installed: `pip install adam-mini pytorch-optimizer torchao`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
-import re
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes when it starts and stops
-
+import report
 import torch
 from torch import nn
-from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 from torch.optim import AdamW, Optimizer
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import adam_mini_plugins
 from adam_mini_plugins import AdamMini
 from adam_mini_plugins.memory import measure
 
 BASELINE = "AdamW, fused"
+OURS = ("AdamMini", "AdamMini, fused=False")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tensors to step.
+
+    Args:
+        millions: Parameters of a Llama, about, in millions; 0 for 300 matrices of 8 x 512, as of LoRA.
+        dtype: Of parameters and gradients.
+        peers: Whether other packages take part, and torch's slower forms.
+        compiled: Whether one that compiles a kernel for each shape does, too.
+    """
+
+    millions: float
+    dtype: torch.dtype
+    peers: bool = True
+    compiled: bool = False
+
+
+CASES = {
+    "1M float32": Case(1, torch.float32),
+    "10M float32": Case(10, torch.float32, peers=False),
+    "50M float32": Case(50, torch.float32, compiled=True),
+    "300M float32": Case(300, torch.float32, peers=False),
+    "50M bfloat16": Case(50, torch.bfloat16),
+    "50M float16": Case(50, torch.float16, peers=False),
+    "LoRA float32": Case(0, torch.float32),
+    "LoRA bfloat16": Case(0, torch.bfloat16),
+}
 
 
 @dataclass
@@ -47,36 +69,33 @@ class Contestant:
 
     name: str
     optimizer: Optimizer
+    parameters: list[nn.Parameter]
     state_bytes: int = 0
     extra_bytes: int = 0
+    rounds: int = 0
     seconds: list[float] = field(default_factory=list)
 
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        """All parameters, in the model's order."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=formatter)
-    device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    parser.add_argument("--millions", type=float, default=25, help="parameters of the model, about, in millions")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all parameters")
-    parser.add_argument("--device", default=device, help="where the parameters lie")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of a step on a CPU")
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each optimizer, at least 2")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    return parser.parse_args()
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which tensors", metavar="CASE")
+    parser.add_argument("--device", default=report.default_device(), help="where they lie")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads of a step on a CPU")
+    parser.add_argument("--rounds", type=int, default=25, help="timed steps of each optimizer, at least 3")
+    parser.add_argument("--seconds", type=float, default=2.5, help="after which a slow optimizer sits out, each case")
+    parser.add_argument("--output-dir", type=Path, default=Path("docs"), help="where step.json, step.md, step.png go")
+    parser.add_argument("--quick", action="store_true", help="a hundredth of the sizes, three rounds")
+    return parser.parse_args(argv)
 
 
 def llama_config(millions: float) -> LlamaConfig:
     """A Llama of 8 layers and about so many parameters; two query heads share a key head."""
-    vocabulary, layers, head_dim = 16_000, 8, 64
+    vocabulary, layers, head_dim = int(min(16_000, 2_000 * millions)) + 96, 8, 64
 
     def intermediate(width: int) -> int:
-        return -(-8 * width // (3 * 256)) * 256
+        return -(-8 * width // (3 * 64)) * 64
 
     def excess(width: int) -> float:
         layer = 3 * width**2 + 3 * width * intermediate(width)
@@ -93,125 +112,197 @@ def llama_config(millions: float) -> LlamaConfig:
     )
 
 
-def contestants(config: LlamaConfig, device: str, dtype: torch.dtype) -> list[Contestant]:
-    """The optimizers, each with a model of its own, and the same gradients for all."""
-    makers: dict[str, Callable[[nn.Module], Optimizer]] = {
+def build(case: Case, device: str) -> nn.Module:
+    """A model that has the tensors of a case, with random weights that are the same each time."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        if case.millions:
+            model: nn.Module = LlamaForCausalLM(llama_config(case.millions))
+        else:
+            model = nn.ModuleList(nn.Linear(512, 8, bias=False) for _ in range(300))
+    model = model.to(case.dtype).to_empty(device=device)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def makers(case: Case) -> dict[str, Callable[[nn.Module], Optimizer]]:
+    """The optimizers of a case by name."""
+    scheme = "hessian" if case.millions else "tensor"
+    rules = () if case.millions else (("*", "neuron"),)
+    found: dict[str, Callable[[nn.Module], Optimizer]] = {
         BASELINE: lambda model: AdamW(model.parameters(), fused=True),
-        "AdamW, foreach": lambda model: AdamW(model.parameters(), foreach=True),
-        "AdamW, for-loop": lambda model: AdamW(model.parameters(), foreach=False, fused=False),
-        "AdamMini": AdamMini.for_model,
+        OURS[0]: lambda model: AdamMini.for_model(model, scheme=scheme, rules=rules),
+        OURS[1]: lambda model: AdamMini.for_model(model, scheme=scheme, rules=rules, fused=False),
     }
+    if not case.peers:
+        return found
+    found["AdamW, foreach"] = lambda model: AdamW(model.parameters(), foreach=True)
+    found["AdamW, for-loop"] = lambda model: AdamW(model.parameters(), foreach=False, fused=False)
+    from transformers import Adafactor
+
+    found["Adafactor, transformers"] = lambda model: Adafactor(
+        model.parameters(), lr=1e-3, scale_parameter=False, relative_step=False
+    )
     if find_spec("adam_mini"):
-        import adam_mini
+        from adam_mini import Adam_mini
 
-        heads = {"n_heads": config.num_attention_heads, "n_kv_heads": config.num_key_value_heads}
-        options = {"weight_decay": 0.01, "dim": config.hidden_size, "verbose": False, **heads}
-        name = f"adam-mini {version('adam-mini')}"
-        makers[name] = lambda model: adam_mini.Adam_mini(model.named_parameters(), **options)
+        def published(model: nn.Module) -> Optimizer:
+            config = getattr(model, "config", LlamaConfig())
+            heads = {"n_heads": config.num_attention_heads, "n_kv_heads": config.num_key_value_heads}
+            return Adam_mini(model.named_parameters(), dim=config.hidden_size, verbose=False, **heads)
 
+        found["Adam_mini, adam-mini"] = published
+    if find_spec("pytorch_optimizer"):
+        import pytorch_optimizer
+
+        def other(model: nn.Module) -> Optimizer:
+            config = getattr(model, "config", LlamaConfig())
+            heads, groups = config.num_attention_heads, config.num_key_value_heads
+            sizes = {"num_embeds": config.hidden_size, "num_heads": heads, "num_query_groups": groups}
+            return pytorch_optimizer.AdamMini(model, lr=1e-3, **sizes)
+
+        found["AdamMini, pytorch-optimizer"] = other
+        found["Lion, pytorch-optimizer"] = lambda model: pytorch_optimizer.Lion(model.parameters(), lr=1e-4)
+    if case.compiled and find_spec("torchao"):
+        from torchao.optim import AdamW8bit
+
+        found["AdamW8bit, torchao"] = lambda model: AdamW8bit(model.parameters())
+    return found
+
+
+def contestants(case: Case, device: str) -> list[Contestant]:
+    """The optimizers of a case, each with parameters of its own, and the same gradients for all."""
     grads: list[torch.Tensor] = []
     entries = []
-    for name, make in makers.items():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(device, dtype)
+    for name, make in makers(case).items():
+        model = build(case, device)
         grads = grads or [torch.randn_like(parameter) * 1e-2 for parameter in model.parameters()]
         for parameter, grad in zip(model.parameters(), grads):
             parameter.grad = grad
-        entries.append(Contestant(name, make(model)))
+        entries.append(Contestant(name, make(model), list(model.parameters())))
     return entries
 
 
-def extra_bytes(step: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that a step holds at once beyond what was held before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    # The raw events, every allocation and release: the profiler's tables hold net amounts, which have no peak.
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == MEMORY_EVENT_NAME]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def now(device: torch.device) -> float:
-    """The time, once all that was started before is done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-def run(entries: list[Contestant], rounds: int) -> None:
-    """Measures memory at the third step, when all state is there, then times the contestants by turns."""
-    device = entries[0].parameters[0].device
+def warm_up(entries: list[Contestant], device: str, rounds: int, seconds: float) -> None:
+    """Makes all state, measures memory, and finds how many rounds each contestant takes part in."""
     for entry in entries:
-        for _ in range(2):
-            entry.optimizer.step()
-        entry.extra_bytes = extra_bytes(entry.optimizer.step, device)
+        entry.optimizer.step()
+        began = report.now(device)
+        entry.optimizer.step()
+        took = report.now(device) - began
+        entry.rounds = max(3, min(rounds, int(seconds / took)))
+        entry.extra_bytes = report.peak_bytes(entry.optimizer.step, device)
         entry.state_bytes = measure(entry.optimizer).state_bytes
-    for _ in range(rounds):
-        for entry in random.sample(entries, len(entries)):  # so that none always follows the same other
-            began = now(device)
+
+
+def run(entries: list[Contestant], device: str) -> None:
+    """Times the contestants by turns."""
+    for entry in entries:
+        entry.seconds = []
+    for number in range(max(entry.rounds for entry in entries)):
+        taking_part = [entry for entry in entries if number < entry.rounds or entry.name == BASELINE]
+        for entry in random.sample(taking_part, len(taking_part)):  # so that none always follows the same other
+            began = report.now(device)
             entry.optimizer.step()
-            entry.seconds.append(now(device) - began)
+            entry.seconds.append(report.now(device) - began)
 
 
-def figures(entry: Contestant, baseline: Contestant) -> dict[str, Any]:
+def figures(case: str, threads: int, entry: Contestant, baseline: Contestant) -> dict[str, Any]:
     """What was measured of a contestant, and its ratios to fused AdamW."""
     ratios = [own / other for own, other in zip(entry.seconds, baseline.seconds)]
+    bytes_of_parameters = sum(p.numel() * p.element_size() for p in entry.parameters)
     return {
+        "case": case,
+        "threads": threads,
         "optimizer": entry.name,
+        "parameters": sum(p.numel() for p in entry.parameters),
+        "tensors": len(entry.parameters),
+        "rounds": len(entry.seconds),
+        "step_ms": round(1e3 * statistics.median(entry.seconds), 4),
+        "step_ratio": round(statistics.median(ratios), 4),
+        "step_ratio_quartiles": [round(ratio, 4) for ratio in statistics.quantiles(ratios, n=4)[::2]],
         "state_bytes": entry.state_bytes,
-        "state_ratio": entry.state_bytes / baseline.state_bytes,
-        "step_ms": 1e3 * statistics.median(entry.seconds),
-        "step_ratio": statistics.median(ratios),
-        "step_ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
-        "extra_bytes_per_parameter": entry.extra_bytes / sum(p.numel() for p in entry.parameters),
+        "state_ratio": round(entry.state_bytes / baseline.state_bytes, 4),
+        "extra_bytes": entry.extra_bytes,
+        "extra_fraction": round(entry.extra_bytes / bytes_of_parameters, 6),
     }
 
 
-def environment(args: argparse.Namespace, parameters: int) -> dict[str, Any]:
-    """The machine, the versions and the setting that the figures hold for."""
-    info = Path("/proc/cpuinfo")
-    cpus = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    gpus = [torch.cuda.get_device_name()] if args.device.startswith("cuda") else []
-    return {
-        "machine": (gpus + cpus + [platform.machine()])[0],
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "adam_mini_plugins": adam_mini_plugins.__version__,
-        "dtype": args.dtype,
-        "parameters": parameters,
-        "rounds": args.rounds,
-    }
+def tables(rows: list[dict[str, Any]]) -> str:
+    """For each number of threads the ratios of times; then what memory was taken."""
+    names = list(dict.fromkeys(row["optimizer"] for row in rows))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    found = {(row["threads"], row["optimizer"], row["case"]): row for row in rows}
+
+    def part(threads: int, text: Callable[[dict[str, Any]], str]) -> str:
+        cells = [
+            [name, *(text(found[threads, name, case]) if (threads, name, case) in found else "" for case in cases)]
+            for name in names
+        ]
+        return report.table(["", *cases], cells)
+
+    threads = list(dict.fromkeys(row["threads"] for row in rows))
+    timed = [
+        f"Time of a step, ratio to fused AdamW, threads: {n}\n\n" + part(n, lambda row: f"{row['step_ratio']:.2f}")
+        for n in threads
+    ]
+    memory = "State, ratio to AdamW's; peak of what a step takes besides, of the parameters' bytes\n\n"
+    memory += part(threads[0], lambda row: f"{row['state_ratio']:.3f}; {row['extra_fraction']:.2%}")
+    return "\n\n".join([*timed, memory])
 
 
-def main() -> None:
-    """Runs the benchmark and prints a Markdown table."""
-    args = parse_arguments()
-    torch.set_num_threads(args.threads)
-    entries = contestants(llama_config(args.millions), args.device, getattr(torch, args.dtype))
-    facts = environment(args, sum(p.numel() for p in entries[0].parameters))
-    print(", ".join(f"{key} {value}" for key, value in facts.items()), end="\n\n", flush=True)
-    run(entries, args.rounds)
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """The ratios of times on a logarithmic axis, a panel for each case, of the least number of threads."""
+    import matplotlib
 
-    rows = [figures(entry, entries[0]) for entry in entries]
-    print("| optimizer | state, MB | ratio | step, ms | ratio (quartiles) | extra memory at the peak, B/parameter |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for r in rows:
-        quartiles = "-".join(f"{ratio:.2f}" for ratio in r["step_ratio_quartiles"])
-        memory, duration = f"{r['state_bytes'] / 1e6:.1f} | {r['state_ratio']:.3f}", f"{r['step_ms']:.1f}"
-        extra = f"{r['extra_bytes_per_parameter']:.3f}"
-        print(f"| {r['optimizer']} | {memory} | {duration} | {r['step_ratio']:.2f} ({quartiles}) | {extra} |")
-    if args.json:
-        args.json.write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    threads = min(row["threads"] for row in rows)
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, panels = pyplot.subplots(len(cases), 1, figsize=(7, 1 + 1.5 * len(cases)), sharex=True, squeeze=False)
+    for case, panel in zip(cases, panels[:, 0]):
+        shown = [row for row in rows if (row["case"], row["threads"]) == (case, threads)][::-1]
+        colors = ["C0" if row["optimizer"] in OURS else "0.75" for row in shown]
+        bars = panel.barh([row["optimizer"] for row in shown], [row["step_ratio"] for row in shown], color=colors)
+        panel.bar_label(bars, [f"{row['step_ratio']:.2f}" for row in shown], padding=2, fontsize=7)
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set_xscale("log")
+        panel.set_title(case, fontsize=9, loc="left")
+        panel.tick_params(labelsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel(f"time of a step / fused AdamW's, threads: {threads}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the benchmark, prints Markdown tables, and writes figures and a plot."""
+    args = parse_arguments(argv)
+    facts = report.environment(args.device)
+    facts_line = ", ".join(f"{key} {value}" for key, value in facts.items())
+    print(facts_line, flush=True)
+    rows = []
+    for name in args.cases:
+        case = CASES[name]
+        if args.quick:
+            case = Case(case.millions / 100, case.dtype, case.peers)
+        entries = contestants(case, args.device)
+        threads_before = torch.get_num_threads()
+        for number, threads in enumerate(args.threads):
+            torch.set_num_threads(threads)
+            if number == 0:
+                warm_up(entries, args.device, 3 if args.quick else args.rounds, args.seconds)
+            run(entries, args.device)
+            rows += [figures(name, threads, entry, entries[0]) for entry in entries]
+        torch.set_num_threads(threads_before)
+        print(f"measured {name}", flush=True)
+    report.write(args.output_dir / "step.json", {"environment": facts, "rows": rows})
+    (args.output_dir / "step.md").write_text(f"{facts_line}\n\n{tables(rows)}\n")
+    print(f"\n{tables(rows)}")
+    plot(rows, args.output_dir / "step.png")
 
 
 if __name__ == "__main__":
