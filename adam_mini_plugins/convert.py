@@ -59,7 +59,7 @@ def adam_mini_(optimizer: Optimizer, partition: Partition, *, state_dtype: torch
     for group, converted in zip(optimizer.param_groups, new.param_groups):
         group.clear()
         group.update(converted)
-    vars(optimizer).update(defaults=new.defaults, partition=partition)
+    vars(optimizer).update(defaults=new.defaults, partition=partition, _made_with=new._made_with, _flats=new._flats)
     for mark in _MARKS:
         vars(optimizer).pop(mark, None)
     optimizer.__class__ = AdamMini

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from . import sharding
+from . import engines, sharding
 from .blocks import Layout, Partition
 from .blocks import partition as make_partition
+from .blocks.whole import whole_shape
+from .flat import Flat, block_means
 from .update import adam_mini, second_moment_dtype
 
 _HOW_TO_PARTITION = (
@@ -85,6 +88,7 @@ class AdamMini(Optimizer):
             "state_dtype": state_dtype,
         }
         _checked_options(defaults)
+        self._remember([])
         super().__init__(params, defaults)
 
     @classmethod
@@ -141,6 +145,31 @@ class AdamMini(Optimizer):
         group["params"] = [p for _, p, _ in members]
         group["blocks"] = [blocks for _, _, blocks in members]
         super().add_param_group(group)
+        self._remember([group])
+
+    def _remember(self, groups: list[dict[str, Any]]) -> None:
+        """Notes which tensors groups are made with: an engine may replace them, and say on them by what."""
+        if "_made_with" not in vars(self):
+            # Weak, so that whole tensors don't outlive the cutting of a model that replaces them.
+            self._made_with: dict[str, TensorWeakRef | None] = {}
+            self._flats: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        for group in groups:
+            for name, parameter in zip(group["param_names"], group["params"]):
+                self._made_with[name] = None if name in self._made_with else TensorWeakRef(parameter)
+
+    def _resolve(self, group: dict[str, Any]) -> None:
+        """Finds out what those tensors of a group hold that an engine has put in its parameters' place."""
+        if all(p in self._flats for p in group["params"]):
+            return
+        references = [self._made_with.get(name) for name in group["param_names"]]
+        members = [
+            engines.Member(name, Layout.parse(blocks) if blocks else None, reference() if reference else None)
+            for name, blocks, reference in zip(group["param_names"], group["blocks"], references)
+        ]
+        if any(engines.takes_over(member.parameter) for member in members):
+            for p in group["params"]:
+                if not any(p is member.parameter for member in members):
+                    self._flats[p] = engines.find_flat(p, members)
 
     def _identify(self, member: Tensor | tuple[str, Tensor]) -> tuple[str, Tensor, str]:
         """A parameter's name, itself, and its blocks as text (none while it is frozen and unknown)."""
@@ -163,9 +192,9 @@ class AdamMini(Optimizer):
                 f"model, or before this parameter was added? Once the model is complete, {_HOW_TO_PARTITION}; to add "
                 "to an optimizer that exists, first set optimizer.partition = partition(model)"
             )
-        if entry.shape != parameter.shape:
+        if entry.shape != whole_shape(parameter):
             raise ValueError(
-                f"{described} has shape {tuple(parameter.shape)}, but {tuple(entry.shape)} in the partition, which "
+                f"{described} has shape {tuple(whole_shape(parameter))}, but {tuple(entry.shape)} in the partition, which "
                 f"is another model's or was made before a resize: {_HOW_TO_PARTITION}"
             )
         return given or entry.name, parameter, str(entry.layout)
@@ -187,23 +216,16 @@ class AdamMini(Optimizer):
                 loss = closure()
 
         for group in self.param_groups:
-            _check_parameters(group)
+            self._resolve(group)
+            _check_parameters(group, self._flats)
         grads, means = self._reduced()
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            members = [
-                (p, layout, self._state_of(p, layout, group["state_dtype"]))
-                for p, layout in zip(group["params"], map(Layout.parse, group["blocks"]))
-                if p.grad is not None
-            ]
+            members = list(self._members(group, grads, means))
+            if not members:
+                continue
             adam_mini(
-                [sharding.local(p) for p, _, _ in members],
-                [grads.get(p, p.grad) for p, _, _ in members],
-                [sharding.local(state["exp_avg"]) for _, _, state in members],
-                [sharding.local(state["exp_avg_sq"]) for _, _, state in members],
-                [state["step"] for _, _, state in members],
-                [layout for _, layout, _ in members],
-                [means.get(p) for p, _, _ in members],
+                *map(list, zip(*members)),
                 lr=float(group["lr"]),
                 beta1=beta1,
                 beta2=beta2,
@@ -213,18 +235,59 @@ class AdamMini(Optimizer):
             )
         return loss
 
-    def _reduced(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-        """Of parameters cut over processes the local gradients, and block means where processes share blocks."""
-        sharded = [
-            (p, Layout.parse(blocks))
-            for group in self.param_groups
-            for p, blocks in zip(group["params"], group["blocks"])
-            # With no gradient here too: another process may have one, and waits for this one.
-            if sharding.is_sharded(p) and (p.requires_grad or p.grad is not None)
-        ]
-        return sharding.gradients_and_means(sharded) if sharded else ({}, {})
+    def _members(self, group: dict[str, Any], grads: dict[Tensor, Tensor], means: dict[Tensor, Any]) -> Iterator[Any]:
+        """The tensors of a group that have a gradient, with all else that :func:`adam_mini` takes of each."""
+        for p, layout in zip(group["params"], map(Layout.parse, group["blocks"])):
+            if p.grad is None:
+                continue
+            flat = self._flats.get(p)
+            if flat is not None:
+                yield from self._boxes(p, flat, means[p], group["state_dtype"])
+                continue
+            state = self._state_of(p, group["state_dtype"], lambda p=p, layout=layout: sharding.new_second_moment(p, layout))
+            yield (
+                sharding.local(p),
+                grads.get(p, p.grad),
+                sharding.local(state["exp_avg"]),
+                sharding.local(state["exp_avg_sq"]),
+                state["step"],
+                layout,
+                means.get(p),
+            )
 
-    def _state_of(self, parameter: Tensor, layout: Layout, state_dtype: str | None) -> dict[str, Tensor]:
+    def _boxes(self, p: Tensor, flat: Flat, means: list[Tensor | None], state_dtype: str | None) -> Iterator[Any]:
+        """The same of the boxes that a flat tensor holds."""
+        if not flat.boxes:
+            return  # the end of what was laid out for other processes
+        state = self._state_of(p, state_dtype, lambda: p.new_zeros(flat.num_rows, dtype=second_moment_dtype(p)))
+        steps = [state["step"], *(state["step"].clone() for _ in flat.boxes[1:])]  # each is counted up once
+        yield from zip(
+            flat.views(p),
+            flat.views(p.grad),
+            flat.views(state["exp_avg"]),
+            flat.second_moments(state["exp_avg_sq"]),
+            steps,
+            flat.layouts,
+            means,
+        )
+
+    def _reduced(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Any]]:
+        """Of parameters cut over processes the local gradients, and block means where processes share blocks.
+
+        Of flat tensors, block means of each box.
+        """
+        tensors = [(p, blocks) for group in self.param_groups for p, blocks in zip(group["params"], group["blocks"])]
+        # With no gradient here too: another process may have one, and waits for this one.
+        cut = [(p, Layout.parse(blocks)) for p, blocks in tensors if p.requires_grad or p.grad is not None]
+        sharded = [(p, layout) for p, layout in cut if sharding.is_sharded(p)]
+        grads, means = sharding.gradients_and_means(sharded) if sharded else ({}, {})
+        flats = [p for p, _ in cut if p in self._flats]
+        of_flats = block_means([(self._flats[p], p.grad, second_moment_dtype(p), p.device) for p in flats])
+        return grads, {**means, **dict(zip(flats, of_flats))}
+
+    def _state_of(
+        self, parameter: Tensor, state_dtype: str | None, new_second_moment: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
         """A parameter's state, made at its first step."""
         state = self.state[parameter]
         if not state:
@@ -232,7 +295,7 @@ class AdamMini(Optimizer):
             # The count stays on the CPU, as torch's does: reading it must not wait for a device.
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = sharding.new_second_moment(parameter, layout)
+            state["exp_avg_sq"] = new_second_moment()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -274,17 +337,22 @@ class AdamMini(Optimizer):
                     f"parameter group {number} of the state to load has {len(saved['params'])} parameters, "
                     f"this optimizer's has {len(group['params'])}"
                 )
-            for parameter, name, blocks, key, saved_blocks in zip(
-                group["params"], group["param_names"], group["blocks"], saved["params"], saved["blocks"]
-            ):
+            for name, blocks, saved_blocks in zip(group["param_names"], group["blocks"], saved["blocks"]):
                 if blocks != saved_blocks:
                     raise ValueError(
                         f"{name} has blocks {blocks!r}, but {saved_blocks!r} in the state to load: load it into an "
                         "optimizer made with the partition (scheme, value, rules) that it was saved with"
                     )
+            self._resolve(group)
+            for parameter, name, blocks, key in zip(
+                group["params"], group["param_names"], group["blocks"], saved["params"]
+            ):
                 state = state_dict["state"].get(key)
-                if state:
-                    _check_state(name, parameter, Layout.parse(blocks), state)
+                if state and parameter in self._flats:
+                    flat = self._flats[parameter]
+                    _check_state(str(flat), parameter, (flat.num_rows,), state)
+                elif state:
+                    _check_state(name, parameter, Layout.parse(blocks).state_shape(parameter.shape), state)
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """Gives loaded state the dtypes that a new state would have, from the values as they were saved."""
@@ -302,6 +370,11 @@ class AdamMini(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "partition": self.partition}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_made_with" not in vars(self):  # not so when it is a state dictionary that is loaded
+            self._remember(self.param_groups)
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -360,9 +433,11 @@ def momentum_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
     return parameter.dtype if state_dtype is None else getattr(torch, state_dtype)
 
 
-def _check_parameters(group: dict[str, Any]) -> None:
+def _check_parameters(group: dict[str, Any], flats: Any) -> None:
     """Raises where a step would go wrong, before anything has changed and before processes wait for each other."""
     params, names = group["params"], group["param_names"]
+    if all(p in flats for p in params):
+        return  # among them groups without a tensor: ZeRO-3 steps one part of one group at a time
     if len(params) != len(names):
         raise RuntimeError(
             f"a parameter group holds {len(params)} tensors for {len(names)} names: an engine has merged or cut them, "
@@ -391,16 +466,14 @@ def _check_parameters(group: dict[str, Any]) -> None:
 def _check_engine(name: str | None, parameter: Tensor) -> None:
     """Raises for a parameter that an engine has flattened, where the engine has left a mark on it."""
     if hasattr(parameter, "_is_flat_param") or hasattr(parameter, "_fsdp_flattened"):
-        engine = "FSDP1 (FullyShardedDataParallel)"
-    elif hasattr(parameter, "ds_id"):
-        engine = "DeepSpeed ZeRO-3"
-    else:
-        return
-    raise RuntimeError(f"{name} has been flattened and cut by {engine}, and its blocks can't be told. {_ENGINES}")
+        raise RuntimeError(
+            f"{name} has been flattened and cut by FSDP1 (FullyShardedDataParallel), and its blocks can't be told. "
+            f"{_ENGINES}"
+        )
 
 
-def _check_state(name: str, parameter: Tensor, layout: Layout, state: dict[str, Any]) -> None:
-    expected = {"exp_avg": tuple(parameter.shape), "exp_avg_sq": layout.state_shape(parameter.shape), "step": ()}
+def _check_state(name: str, parameter: Tensor, second_moments: tuple[int, ...], state: dict[str, Any]) -> None:
+    expected = {"exp_avg": tuple(parameter.shape), "exp_avg_sq": second_moments, "step": ()}
     for entry, shape in expected.items():
         if entry not in state:
             raise ValueError(f"the state to load has no {entry!r} for {name}; it has {sorted(state)}")

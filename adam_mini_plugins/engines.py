@@ -1,0 +1,132 @@
+"""What engines that flatten parameters leave in an optimizer's groups, and what it holds of which parameter.
+
+DeepSpeed ZeRO takes an optimizer that was made of a model's parameters and puts flat tensors in
+their place, float32 and cut over processes. Where a parameter has gone is noted on the parameter itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, distributed
+
+from .blocks import Layout
+from .blocks.whole import whole_shape
+from .flat import Flat, Piece
+
+
+class Member(NamedTuple):
+    """A parameter that an optimizer was made with.
+
+    Args:
+        name: Its name.
+        layout: Its blocks; ``None`` if it is frozen and they are unknown.
+        parameter: Itself; ``None`` once it is gone.
+    """
+
+    name: str
+    layout: Layout | None
+    parameter: Any
+
+
+def takes_over(parameter: Any) -> bool:
+    """Whether DeepSpeed ZeRO has put a parameter into flat tensors of its own."""
+    # A parameter of ZeRO-3 has an id from its making; an optimizer of ZeRO's, once there is one.
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
+
+
+def find_flat(flat: Tensor, members: Sequence[Member]) -> Flat:
+    """What a flat tensor holds, without asking other processes.
+
+    Args:
+        flat: The tensor, in a group of the optimizer's.
+        members: The parameters that this group was made with.
+
+    Raises:
+        RuntimeError: It holds none of them, or the engine is set up in a way that can't be followed.
+    """
+    taken = [member for member in members if takes_over(member.parameter)]
+    stage_3 = [member for member in taken if hasattr(member.parameter, "_z3_optimizer")]
+    pieces, groups = _zero_3(flat, stage_3) if stage_3 else _zero_1_and_2(flat, taken)
+    if not pieces:
+        names = ", ".join(member.name for member in members[:3])
+        raise RuntimeError(
+            f"a parameter group made with {len(members)} parameters ({names}, ...) now has a tensor of shape "
+            f"{tuple(flat.shape)}, which is none of them and of which no engine says what it holds: build AdamMini "
+            "from the parameters of the very model that is handed to the engine, before it is"
+        )
+    if len(groups) > 1:
+        raise RuntimeError(
+            f"{pieces[0].name} and others of one flat tensor lie on different sets of processes: put expert parameters "
+            "into parameter groups of their own"
+        )
+    for piece in pieces:
+        if not piece.layout.fits(piece.shape):
+            raise RuntimeError(
+                f"{piece.name} has shape {piece.shape}, which its blocks '{piece.layout}' don't fit: it was resized, or "
+                "DeepSpeed's tensor parallelism has cut it, which AdamMini does not follow: leave autotp_size out of "
+                "the DeepSpeed config"
+            )
+    return Flat(pieces, groups.pop())
+
+
+def _known(member: Member) -> Layout:
+    if member.layout is None:
+        raise RuntimeError(
+            f"{member.name} is trained but has no blocks: it was frozen when the optimizer was made, and is unknown to "
+            "the partition: make both once it is not"
+        )
+    return member.layout
+
+
+def _zero_1_and_2(flat: Tensor, members: Sequence[Member]) -> tuple[list[Piece], set[Any]]:
+    """The engine lays the parameters of a group end to end and gives each process an equal part of that."""
+    pieces, groups = [], set()
+    # The parameters are views of the whole of it, in which each one's place can be told.
+    first = min((member.parameter.storage_offset() for member in members), default=0)
+    for member in members:
+        parameter, mapping = member.parameter, member.parameter._hp_mapping
+        groups.add(parameter._dp_group)
+        start = length = offset = 0
+        if mapping is not None:
+            start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            offset = mapping.hp_fragment_address.start
+            here = distributed.get_rank(parameter._dp_group) * flat.numel() + offset
+            if parameter.storage_offset() - first + start != here:
+                raise RuntimeError(
+                    f"DeepSpeed's round_robin_gradients=True lays parameters out in an order that its own account of "
+                    f"where {member.name} lies does not follow: set round_robin_gradients to false in the DeepSpeed "
+                    "config"
+                )
+        pieces.append(Piece(member.name, _known(member), tuple(parameter.shape), start, length, offset))
+    return pieces, groups
+
+
+def _zero_3(flat: Tensor, members: Sequence[Member]) -> tuple[list[Piece], set[Any]]:
+    """The engine cuts each parameter into a part for each process, and lays the parts of a sub-group end to end."""
+    pieces, groups = [], set()
+    for member in members:
+        parameter = member.parameter
+        engine = parameter._z3_optimizer
+        if engine.swap_optimizer:
+            raise RuntimeError(
+                "AdamMini's second moments are fewer than its momenta, which DeepSpeed's offload of the optimizer to "
+                'NVMe does not allow for: offload it to the CPU ("offload_optimizer": {"device": "cpu"})'
+            )
+        position = engine.grad_position.get(parameter.ds_id)
+        if position is None or engine.fp32_partitioned_groups_flat[position[0]] is not flat:
+            continue
+        group, (_, offset, share) = parameter.ds_process_group, position
+        groups.add(group)
+        shape = tuple(whole_shape(parameter))
+        if share != math.ceil(math.prod(shape) / distributed.get_world_size(group)):
+            raise RuntimeError(
+                f"DeepSpeed has cut {member.name} of shape {shape} into parts of {share}, on "
+                f"{distributed.get_world_size(group)} processes: AdamMini trains with plain ZeRO-3, without MiCS"
+            )
+        start = min(distributed.get_rank(group) * share, math.prod(shape))
+        length = min(share, math.prod(shape) - start)
+        pieces.append(Piece(member.name, _known(member), shape, start, length, offset))
+    return pieces, groups
