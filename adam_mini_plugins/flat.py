@@ -15,13 +15,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from .blocks import Layout
+from .sharding import add_up
 from .update import row_squares
 
 Extent = tuple[int, int]  # from one position of an axis up to another
@@ -234,7 +234,9 @@ class Flat:
         return [box for piece in self.pieces for box in boxes_of(piece)]
 
     def __str__(self) -> str:
-        return f"the flat tensor of {', '.join(piece.name for piece in self.pieces[:3])}{', ...' * (len(self.pieces) > 3)}"
+        return (
+            f"the flat tensor of {', '.join(piece.name for piece in self.pieces[:3])}{', ...' * (len(self.pieces) > 3)}"
+        )
 
     @property
     def num_rows(self) -> int:
@@ -267,13 +269,29 @@ class Flat:
             self._shares = self._shares.to(device)
         return self._shares
 
+    def add_to_means(self, grad: Tensor, shares: Shares, dtype: torch.dtype) -> Tensor:
+        """What a gradient here adds to the mean square of each block of ``shares``."""
+        views = self.views(grad)
+        squares = [row_squares(views[i], self.boxes[i].piece.layout.axes, dtype).view(-1) for i in shares.boxes]
+        rows = torch.cat(squares) if squares else grad.new_empty(0, dtype=dtype)
+        # Added up in the same order in every run, which adding at an index would not be on every device.
+        return torch.segment_reduce(rows[shares.order], "sum", lengths=shares.lengths, unsafe=True) / shares.sizes
+
+    def spread(self, means: Tensor, shares: Shares) -> list[Tensor | None]:
+        """Gives each row of each box the mean of its block, ``None`` to boxes that stand alone."""
+        parts = means[shares.block].split([self.rows[i] for i in shares.boxes])
+        of_box = dict(zip(shares.boxes, parts))
+        return [of_box[i].view(box.state_shape) if i in of_box else None for i, box in enumerate(self.boxes)]
+
     def _of_processes(self, device: torch.device) -> list[list[Extent]]:
         """The slices of each parameter that the processes have.
 
         Raises:
             RuntimeError: Together they aren't the parameter.
         """
-        mine = torch.tensor([(piece.start, piece.length) for piece in self.pieces], device=_reachable(self.group, device))
+        mine = torch.tensor(
+            [(piece.start, piece.length) for piece in self.pieces], device=_reachable(self.group, device)
+        )
         everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size(self.group))]
         distributed.all_gather(everyone, mine, group=self.group)
         found = []
@@ -306,18 +324,10 @@ def block_means(members: Sequence[tuple[Flat, Tensor | None, torch.dtype, torch.
     found = []
     for flat, grad, dtype, device in members:
         shares = flat.shares(device)
-        boxes = [flat.boxes[i] for i in shares.boxes]
-        if grad is None:
-            sums = torch.zeros(len(shares.sizes), dtype=dtype, device=device)
-        else:
-            views = flat.views(grad)
-            squares = [row_squares(views[i], box.piece.layout.axes, dtype).view(-1) for i, box in zip(shares.boxes, boxes)]
-            rows = torch.cat(squares) if squares else torch.empty(0, dtype=dtype, device=device)
-            # Added up in the same order in every run, which adding at an index would not be on every device.
-            sums = torch.segment_reduce(rows[shares.order], "sum", lengths=shares.lengths, unsafe=True)
-        found.append((flat, shares, sums / shares.sizes))
+        means = torch.zeros(len(shares.sizes), dtype=dtype, device=device)
+        found.append((flat, shares, means if grad is None else flat.add_to_means(grad, shares, dtype)))
     _reduce(found)
-    return [_spread(flat, shares, means) for flat, shares, means in found]
+    return [flat.spread(means, shares) for flat, shares, means in found]
 
 
 def _reduce(members: Sequence[tuple[Flat, Shares, Tensor]]) -> None:
@@ -327,19 +337,12 @@ def _reduce(members: Sequence[tuple[Flat, Shares, Tensor]]) -> None:
         if shares.reduced:
             groups.setdefault(flat.group, []).append((shares, means))
     for group, of_group in groups.items():
-        device = _reachable(group, of_group[0][1].device)
-        parts = [means.new_zeros(shares.reduced).index_copy_(0, shares.at, means[shares.here]) for shares, means in of_group]
-        sums = torch.cat(parts).to(device)
-        distributed.all_reduce(sums, group=group)
-        for (shares, means), of_flat in zip(of_group, sums.split([shares.reduced for shares, _ in of_group])):
-            means[shares.here] = of_flat.to(means)[shares.at]
-
-
-def _spread(flat: Flat, shares: Shares, means: Tensor) -> list[Tensor | None]:
-    """Gives each row the mean of its block."""
-    parts = means[shares.block].split([flat.rows[i] for i in shares.boxes])
-    of_box = dict(zip(shares.boxes, parts))
-    return [of_box[i].view(box.state_shape) if i in of_box else None for i, box in enumerate(flat.boxes)]
+        parts = []
+        for shares, means in of_group:
+            part = means.new_zeros(shares.reduced).index_copy_(0, shares.at, means[shares.here])
+            parts.append(part.to(_reachable(group, part.device)))
+        for (shares, means), sums in zip(of_group, add_up(parts, group)):
+            means[shares.here] = sums.to(means)[shares.at]
 
 
 def _reachable(group: Any, device: torch.device) -> torch.device:

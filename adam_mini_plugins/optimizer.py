@@ -244,7 +244,9 @@ class AdamMini(Optimizer):
             if flat is not None:
                 yield from self._boxes(p, flat, means[p], group["state_dtype"])
                 continue
-            state = self._state_of(p, group["state_dtype"], lambda p=p, layout=layout: sharding.new_second_moment(p, layout))
+            state = self._state_of(
+                p, group["state_dtype"], lambda p=p, layout=layout: sharding.new_second_moment(p, layout)
+            )
             yield (
                 sharding.local(p),
                 grads.get(p, p.grad),

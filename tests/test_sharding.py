@@ -144,7 +144,7 @@ def test_checkpoints(folder: Path, on_2: dict[str, Any], on_3: dict[str, Any]) -
 
 @pytest.mark.parametrize(("engine", "processes"), [("fsdp2", 2), ("fsdp2", 3), ("ddp", 2)])
 def test_transformers_and_trl(engine: str, processes: int, tmp_path: Path) -> None:
-    figures = launch("hf.py", processes, engine, CHECKPOINTS=str(tmp_path))
+    figures = launch("hf.py", processes, engine, CHECKPOINTS=str(tmp_path))[engine]
     for trainer in ("trainer", "sft"):
         assert figures[trainer]["adam_mini"] <= CLOSE
         assert figures[trainer]["adam_mini moved"] > 1e-3

@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's SFTTrainer under DistributedDataParallel (`ddp`) and FSDP2 (`fsdp2`), on the CPU."""
+"""transformers' Trainer and TRL's SFTTrainer on the CPU: `ddp` (DistributedDataParallel), `fsdp2`, `zero1` to `zero3`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed_guide
 import torch
 import trl_zoo
 import workers
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -23,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 import adam_mini_plugins.hf  # makes optim="adam_mini" known
 from adam_mini_plugins import AdamMini
 
-(ENGINE,) = workers.arguments()
+ENGINE = ""  # the one at work, of those that are passed
 OUTPUT = Path(os.environ["CHECKPOINTS"])
 IDS = workers.batches(1)[0]  # each step sees all of it, in whatever order
 DATA = [{"input_ids": ids, "labels": ids} for ids in IDS]
@@ -46,9 +48,12 @@ def arguments(folder: str, cls: type = TrainingArguments, **options: Any) -> Any
         "bf16": False,
         "gradient_checkpointing": False,
     }
+    if ENGINE != "ddp":
+        defaults["accelerator_config"] = {"use_configured_state": True}
+    if ENGINE.startswith("zero"):
+        defaults["deepspeed"] = deepspeed_guide.config(int(ENGINE[-1]))
     if ENGINE == "fsdp2":
         defaults |= {
-            "accelerator_config": {"use_configured_state": True},
             "fsdp": True,
             "fsdp_config": {
                 "version": 2,
@@ -66,12 +71,7 @@ def inner(trainer: Trainer) -> torch.optim.Optimizer:
 
 def decayed(model: nn.Module, make: Any) -> torch.optim.Optimizer:
     """An optimizer in one process, with the groups that Trainer makes."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [pair for pair in named if pair[1].ndim > 1], "weight_decay": 0.1},
-        {"params": [pair for pair in named if pair[1].ndim == 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]  # an adapter has no vectors
+    groups = workers.decayed(model)
     if make is AdamMini:
         return AdamMini(groups, lr=1e-3, partition=adam_mini_plugins.partition(model))
     return torch.optim.AdamW(groups, lr=1e-3)
@@ -94,6 +94,9 @@ def assert_engine(trainer: Trainer) -> None:
         assert kind == DistributedType.FSDP, kind
         assert trainer.accelerator.is_fsdp2
         assert all(isinstance(p, DTensor) for p in params)
+    elif ENGINE.startswith("zero"):
+        assert kind == DistributedType.DEEPSPEED, kind
+        assert trainer.model_wrapped.zero_optimization_stage() == int(ENGINE[-1])
     else:
         assert kind == DistributedType.MULTI_CPU, kind
         assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
@@ -148,24 +151,33 @@ def resumed() -> dict[str, float]:
         second = Trainer(model(), arguments(f"{kind} resumed", **options), train_dataset=DATA)
         second.train(resume_from_checkpoint=str(OUTPUT / kind / "checkpoint-3"))
         assert second.state.global_step == workers.STEPS
+        assert_engine(second)
         found[kind] = workers.distance(ends(trainer), ends(second))
     return found
 
 
 def main() -> None:
+    global ENGINE
     faulthandler.dump_traceback_later(140)
-    state = PartialState(cpu=True, backend="gloo")
-    if ENGINE == "fsdp2":
-        # accelerate takes FSDP for a matter of accelerators, and would train DDP on a CPU without a word.
-        state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        state._shared_state["device"] = torch.device("cpu")
-    workers.report(
-        {
+    figures = {}
+    for ENGINE in workers.arguments():
+        set_up()
+        figures[ENGINE] = {
             "trainer": compared(plain, model),
             "sft": compared(sft, lambda: get_peft_model(model(), lora())),
             "resumed": resumed(),
         }
-    )
+    workers.report(figures)
+
+
+def set_up() -> None:
+    state = PartialState(cpu=True, backend="gloo")
+    if ENGINE != "ddp":
+        # accelerate takes these engines for a matter of accelerators, and would train DDP on a CPU without a word.
+        kind = DistributedType.DEEPSPEED if ENGINE.startswith("zero") else DistributedType.MULTI_GPU
+        state._shared_state["distributed_type"] = kind
+        state._shared_state["device"] = torch.device("cpu")
+    AcceleratorState._reset_state()
 
 
 main()

@@ -1,4 +1,4 @@
-"""Lightning under `ddp` and ModelParallelStrategy, on the CPU."""
+"""Lightning on the CPU: `ddp`, `model parallel` and, with `whole checkpoint`s, again, `zero 2` and `zero 3`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from adam_mini_plugins import AdamMini, partition
 from adam_mini_plugins.lightning import AdamMiniOptimizer
 
+NAMES = workers.arguments() or ["ddp", "model parallel", "whole checkpoint"]
 OUTPUT = Path(os.environ["CHECKPOINTS"])
 PROCESSES = int(os.environ["WORLD_SIZE"])
 IDS = workers.batches(1)[0]  # each step sees all of it
@@ -49,11 +50,36 @@ class Module(LightningModule):
 def strategy(name: str) -> Any:
     if name == "ddp":
         return DDPStrategy(process_group_backend="gloo")
+    if name.startswith("zero"):
+        return zero_strategy(int(name[-1]))
     whole = name == "whole checkpoint"
     return ModelParallelStrategy(
         data_parallel_size=PROCESSES, tensor_parallel_size=1, save_distributed_checkpoint=not whole,
         process_group_backend="gloo",
     )  # fmt: skip
+
+
+def zero_strategy(stage: int) -> Any:
+    import zero
+    from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
+
+    class OnCPU(DeepSpeedStrategy):
+        def setup_environment(self) -> None:
+            ParallelStrategy.setup_environment(self)  # without asking for CUDA
+
+    settings = zero.config(stage, offload=stage == 2)
+    del settings["train_micro_batch_size_per_gpu"], settings["gradient_clipping"]  # these are Lightning's business
+    return OnCPU(config=settings, process_group_backend="gloo")
+
+
+def assert_engine(name: str, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+    if name.startswith("zero"):
+        assert trainer.strategy.deepspeed_engine.zero_optimization_stage() == int(name[-1])
+        assert all(p.ndim == 1 for p in optimizer.state)
+        return
+    parts = [isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"]]
+    assert isinstance(trainer.strategy, DDPStrategy if name == "ddp" else ModelParallelStrategy)
+    assert (not any(parts)) if name == "ddp" else all(parts)
 
 
 def fit(name: str, epochs: int, ours: bool = True, **options: Any) -> tuple[Trainer, dict[str, torch.Tensor]]:
@@ -65,12 +91,10 @@ def fit(name: str, epochs: int, ours: bool = True, **options: Any) -> tuple[Trai
     )  # fmt: skip
     module = Module()
     trainer.fit(module, DataLoader(list(IDS), batch_size=len(IDS) // PROCESSES), **options)
-    (optimizer,) = trainer.optimizers
+    (optimizer,) = (getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers)
     assert type(optimizer) is (AdamMini if ours else torch.optim.AdamW)
     assert trainer.global_step == epochs
-    parts = [isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"]]
-    assert isinstance(trainer.strategy, DDPStrategy if name == "ddp" else ModelParallelStrategy)
-    assert (not any(parts)) if name == "ddp" else all(parts)
+    assert_engine(name, trainer, optimizer)
     return trainer, workers.weights(module.model)
 
 
@@ -91,7 +115,7 @@ def main() -> None:
     faulthandler.dump_traceback_later(140)
     warnings.simplefilter("ignore")
     figures: dict[str, dict[str, float]] = {}
-    for name in ("ddp", "model parallel", "whole checkpoint"):
+    for name in NAMES:
         figures[name] = {}
         for ours, key in ((True, "adam_mini"), (False, "adamw"))[: 1 if name == "whole checkpoint" else 2]:
             end, moved = alone(ours)

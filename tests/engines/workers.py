@@ -71,7 +71,11 @@ def of_rank() -> slice:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from all processes."""
+    """A tensor put together from all processes; of parameters in DeepSpeed's hands the float32 values."""
+    if tensor.requires_grad and (hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer")):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(tensor).detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
@@ -92,6 +96,16 @@ def adam_mini(model: nn.Module, blocks: Partition | None = None) -> AdamMini:
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **OPTIONS)
+
+
+def decayed(model: nn.Module) -> list[dict[str, Any]]:
+    """The groups that trainers make: vectors without decay. An adapter has none."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [(name, p) for name, p in named if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [(name, p) for name, p in named if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 MAKERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {"adam_mini": adam_mini, "adamw": adamw}
