@@ -65,9 +65,9 @@ def find_flat(flat: Tensor, members: Sequence[Member]) -> Flat:
     for piece in pieces:
         if not piece.layout.fits(piece.shape):
             raise RuntimeError(
-                f"{piece.name} has shape {piece.shape}, which its blocks '{piece.layout}' don't fit: it was resized, or "
-                "DeepSpeed's tensor parallelism has cut it, which AdamMini does not follow: leave autotp_size out of "
-                "the DeepSpeed config"
+                f"{piece.name} has shape {piece.shape}, which its blocks '{piece.layout}' don't fit: it was resized, "
+                "or DeepSpeed's tensor parallelism has cut it, which AdamMini does not follow: leave autotp_size out "
+                "of the DeepSpeed config"
             )
     return Flat(pieces, groups.pop())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -192,9 +193,10 @@ class AdamMini(Optimizer):
                 f"model, or before this parameter was added? Once the model is complete, {_HOW_TO_PARTITION}; to add "
                 "to an optimizer that exists, first set optimizer.partition = partition(model)"
             )
-        if entry.shape != whole_shape(parameter):
+        shape = whole_shape(parameter)
+        if entry.shape != shape:
             raise ValueError(
-                f"{described} has shape {tuple(whole_shape(parameter))}, but {tuple(entry.shape)} in the partition, which "
+                f"{described} has shape {tuple(shape)}, but {tuple(entry.shape)} in the partition, which "
                 f"is another model's or was made before a resize: {_HOW_TO_PARTITION}"
             )
         return given or entry.name, parameter, str(entry.layout)
@@ -244,9 +246,7 @@ class AdamMini(Optimizer):
             if flat is not None:
                 yield from self._boxes(p, flat, means[p], group["state_dtype"])
                 continue
-            state = self._state_of(
-                p, group["state_dtype"], lambda p=p, layout=layout: sharding.new_second_moment(p, layout)
-            )
+            state = self._state_of(p, group["state_dtype"], partial(sharding.new_second_moment, p, layout))
             yield (
                 sharding.local(p),
                 grads.get(p, p.grad),
@@ -265,7 +265,7 @@ class AdamMini(Optimizer):
         steps = [state["step"], *(state["step"].clone() for _ in flat.boxes[1:])]  # each is counted up once
         yield from zip(
             flat.views(p),
-            flat.views(p.grad),
+            flat.views(cast(Tensor, p.grad)),
             flat.views(state["exp_avg"]),
             flat.second_moments(state["exp_avg_sq"]),
             steps,

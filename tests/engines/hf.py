@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's SFTTrainer on the CPU: `ddp` (DistributedDataParallel), `fsdp2`, `zero1` to `zero3`."""
+"""transformers' Trainer and TRL's SFTTrainer on the CPU, under `ddp`, `fsdp2`, and `zero1` to `zero3`."""
 
 from __future__ import annotations
 
