@@ -2,6 +2,7 @@
 
 DeepSpeed ZeRO takes an optimizer that was made of a model's parameters and puts flat tensors in
 their place, float32 and cut over processes. Where a parameter has gone is noted on the parameter itself.
+FSDP1 with ``use_orig_params=True`` leaves a slice of a parameter, which may be empty, in its place.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, distributed
 
 from .blocks import Layout
-from .blocks.whole import whole_shape
+from .blocks.whole import fsdp1_handle, fsdp1_place, whole_shape
 from .flat import Flat, Piece
 
 
@@ -31,22 +32,46 @@ class Member(NamedTuple):
     parameter: Any
 
 
+# What engines leave on a parameter: ZeRO-1 and ZeRO-2; ZeRO-3, once it has the optimizer too; FSDP1.
+_MARKS = ("_hp_mapping", "_z3_optimizer", "_fsdp_flattened")
+
+
 def takes_over(parameter: Any) -> bool:
-    """Whether DeepSpeed ZeRO has put a parameter into flat tensors of its own."""
-    # A parameter of ZeRO-3 has an id from its making; an optimizer of ZeRO's, once there is one.
-    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
+    """Whether an engine has put a parameter into a flat tensor."""
+    return any(hasattr(parameter, mark) for mark in _MARKS)
 
 
-def find_flat(flat: Tensor, members: Sequence[Member]) -> Flat:
-    """What a flat tensor holds, without asking other processes.
+def find_flat(tensor: Tensor, members: Sequence[Member]) -> Flat | None:
+    """What a tensor in a group of the optimizer's holds, without asking other processes.
 
     Args:
-        flat: The tensor, in a group of the optimizer's.
+        tensor: The tensor.
         members: The parameters that this group was made with.
+
+    Returns:
+        ``None`` if it is one of these parameters as it was.
 
     Raises:
         RuntimeError: It holds none of them, or the engine is set up in a way that can't be followed.
     """
+    itself = next((member for member in members if member.parameter is tensor), None)
+    if itself is not None:
+        return _fsdp1(itself, fsdp1_handle(tensor))
+    return _zero(tensor, members)
+
+
+def _fsdp1(member: Member, handle: Any) -> Flat | None:
+    """The engine lays the parameters of a module end to end, cuts that, and leaves a slice of each where it was."""
+    if handle is None or not handle.uses_sharded_strategy:
+        return None
+    place = fsdp1_place(member.parameter, handle)
+    shape, info = tuple(handle.flat_param._shapes[place]), handle.flat_param._shard_param_infos[place]
+    start, length = (info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else (0, 0)
+    piece = Piece(member.name, _known(member), shape, start, length, 0)
+    return Flat([piece], handle.process_group, state_by_element=True)
+
+
+def _zero(flat: Tensor, members: Sequence[Member]) -> Flat:
     taken = [member for member in members if takes_over(member.parameter)]
     stage_3 = [member for member in taken if hasattr(member.parameter, "_z3_optimizer")]
     pieces, groups = _zero_3(flat, stage_3) if stage_3 else _zero_1_and_2(flat, taken)

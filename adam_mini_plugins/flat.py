@@ -221,11 +221,13 @@ class Flat:
         pieces: A piece of each parameter that its engine has laid out with it, on all processes in the same
             order; empty where this process has none of it.
         group: The processes that have the rest of these parameters.
+        state_by_element: Whether whatever saves its state takes it that all of it has the flat tensor's shape.
     """
 
-    def __init__(self, pieces: Sequence[Piece], group: Any) -> None:
+    def __init__(self, pieces: Sequence[Piece], group: Any, state_by_element: bool = False) -> None:
         self.pieces = tuple(pieces)
         self.group = group
+        self.state_by_element = state_by_element
         self._shares: Shares | None = None
 
     @cached_property
@@ -260,6 +262,23 @@ class Flat:
     def second_moments(self, exp_avg_sq: Tensor) -> list[Tensor]:
         """Each box's part of the second moments."""
         return [part.view(box.state_shape) for box, part in zip(self.boxes, exp_avg_sq.split(self.rows))]
+
+    def by_element(self, exp_avg_sq: Tensor, numel: int) -> Tensor:
+        """Second moments one an element of the flat tensor, from those one a row."""
+        whole = exp_avg_sq.new_zeros(numel)
+        for view, part in zip(self.views(whole), self.second_moments(exp_avg_sq)):
+            view.copy_(part.expand_as(view))
+        return whole
+
+    def by_row(self, whole: Tensor) -> Tensor:
+        """Second moments one a row, from those one an element, which are equal inside a row."""
+        parts = []
+        for box, view in zip(self.boxes, self.views(whole)):
+            first = (
+                slice(0, 1) if size < of_view else slice(None) for size, of_view in zip(box.state_shape, view.shape)
+            )
+            parts.append(view[tuple(first)].reshape(-1))
+        return torch.cat(parts)
 
     def shares(self, device: torch.device) -> Shares:
         """Which blocks take more than one box. All processes of the group have to call it."""

@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 from . import engines, sharding
 from .blocks import Layout, Partition
 from .blocks import partition as make_partition
-from .blocks.whole import whole_shape
+from .blocks.whole import fsdp1_handle, whole_shape
 from .flat import Flat, block_means
 from .update import adam_mini, second_moment_dtype
 
@@ -22,8 +22,8 @@ _HOW_TO_PARTITION = (
     "pass partition=adam_mini_plugins.partition(model), or build the optimizer with AdamMini.for_model(model, ...)"
 )
 _ENGINES = (
-    "AdamMini trains with DistributedDataParallel, FSDP2 and tensor parallelism: use FSDP2 (fully_shard in torch, "
-    "fsdp_version: 2 in accelerate, ModelParallelStrategy in Lightning)"
+    "AdamMini trains with DistributedDataParallel, FSDP2, tensor parallelism and DeepSpeed ZeRO: use FSDP2 "
+    "(fully_shard in torch, fsdp_version: 2 in accelerate, ModelParallelStrategy in Lightning)"
 )
 
 
@@ -169,8 +169,9 @@ class AdamMini(Optimizer):
         ]
         if any(engines.takes_over(member.parameter) for member in members):
             for p in group["params"]:
-                if not any(p is member.parameter for member in members):
-                    self._flats[p] = engines.find_flat(p, members)
+                flat = engines.find_flat(p, members)
+                if flat is not None:
+                    self._flats[p] = flat
 
     def _identify(self, member: Tensor | tuple[str, Tensor]) -> tuple[str, Tensor, str]:
         """A parameter's name, itself, and its blocks as text (none while it is frozen and unknown)."""
@@ -300,6 +301,17 @@ class AdamMini(Optimizer):
             state["exp_avg_sq"] = new_second_moment()
         return state
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of the optimizer as a dictionary, as torch's optimizers do."""
+        packed = super().state_dict()
+        for group, saved in zip(self.param_groups, packed["param_groups"]):
+            for parameter, key in zip(group["params"], saved["params"]):
+                flat, state = self._flats.get(parameter), packed["state"].get(key)
+                if flat is not None and flat.state_by_element and state:
+                    whole = flat.by_element(state["exp_avg_sq"], parameter.numel())
+                    packed["state"][key] = {**state, "exp_avg_sq": whole}
+        return packed
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state that :meth:`state_dict` returned.
 
@@ -352,7 +364,8 @@ class AdamMini(Optimizer):
                 state = state_dict["state"].get(key)
                 if state and parameter in self._flats:
                     flat = self._flats[parameter]
-                    _check_state(str(flat), parameter, (flat.num_rows,), state)
+                    rows = parameter.numel() if flat.state_by_element else flat.num_rows
+                    _check_state(str(flat), parameter, (rows,), state)
                 elif state:
                     _check_state(name, parameter, Layout.parse(blocks).state_shape(parameter.shape), state)
 
@@ -368,6 +381,9 @@ class AdamMini(Optimizer):
                     }
                     for entry, dtype in dtypes.items():
                         value = source[entry].to(device=parameter.device, dtype=dtype)
+                        flat = self._flats.get(parameter)
+                        if flat is not None and flat.state_by_element and entry == "exp_avg_sq":
+                            value = flat.by_row(value)
                         self.state[parameter][entry] = sharding.placed(value, parameter, Layout.parse(blocks))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -443,7 +459,7 @@ def _check_parameters(group: dict[str, Any], flats: Any) -> None:
     if len(params) != len(names):
         raise RuntimeError(
             f"a parameter group holds {len(params)} tensors for {len(names)} names: an engine has merged or cut them, "
-            f"as DeepSpeed ZeRO and FSDP1 do. {_ENGINES}"
+            f"as FSDP1 does. {_ENGINES}"
         )
     for parameter, name, blocks in zip(params, names, group["blocks"]):
         grad = parameter.grad
@@ -461,16 +477,17 @@ def _check_parameters(group: dict[str, Any], flats: Any) -> None:
         if blocks and not Layout.parse(blocks).fits(parameter.shape):
             raise RuntimeError(
                 f"{name} has shape {tuple(parameter.shape)}, which its blocks {blocks!r} don't fit: it was resized, or "
-                f"an engine has flattened it, as DeepSpeed ZeRO and FSDP1 do. {_ENGINES}"
+                f"an engine has flattened it, as FSDP1 does. {_ENGINES}"
             )
 
 
 def _check_engine(name: str | None, parameter: Tensor) -> None:
-    """Raises for a parameter that an engine has flattened, where the engine has left a mark on it."""
-    if hasattr(parameter, "_is_flat_param") or hasattr(parameter, "_fsdp_flattened"):
+    """Raises for a parameter that an engine has flattened so that its blocks can't be told."""
+    if hasattr(parameter, "_is_flat_param") or (hasattr(parameter, "_fsdp_flattened") and not fsdp1_handle(parameter)):
         raise RuntimeError(
-            f"{name} has been flattened and cut by FSDP1 (FullyShardedDataParallel), and its blocks can't be told. "
-            f"{_ENGINES}"
+            f"{name} has been flattened and cut by FSDP1 (FullyShardedDataParallel), and its blocks can't be told: they "
+            "can with use_orig_params=True, where AdamMini is made from the wrapped model and its partition from that, "
+            f"too. {_ENGINES}"
         )
 
 

@@ -18,7 +18,7 @@ from .geometry import GeometryError, Slices
 from .layout import Layout
 from .probe import Probe, ProbeError, probe_model
 from .rules import HESSIAN_RULES, TENSOR_RULES, Facts, Rule, Site, first_match, has_attention, output_axis
-from .whole import whole_shapes
+from .whole import as_built
 
 logger = logging.getLogger(__name__)
 
@@ -182,8 +182,8 @@ def partition(
     _check_choice("scheme", scheme, SCHEMES)
     _check_choice("value", value, VALUES)
     seen = _probed(model, probe)
-    with whole_shapes(model):
-        return _read(model, scheme, value, rules, seen)
+    with as_built(model) as built:
+        return _read(built, scheme, value, rules, seen)
 
 
 def _read(model: nn.Module, scheme: str, value: str, rules: Sequence[UserRule], seen: Probe) -> Partition:

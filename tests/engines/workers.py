@@ -17,6 +17,7 @@ import torch.distributed as dist
 import transformers
 import zoo
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -80,7 +81,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(p).clone() for name, p in model.named_parameters()}
+    """A model's whole weights, by their names in one process."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return weights(model.module)
+    return {name.replace("_fsdp_wrapped_module.", ""): whole(p).clone() for name, p in model.named_parameters()}
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -125,7 +130,7 @@ def swapped(model: nn.Module, shard: Callable[[nn.Module], None], make: Callable
 
 def compare(
     build: Callable[[], nn.Module],
-    shard: Callable[[nn.Module], None],
+    shard: Callable[[nn.Module], nn.Module | None],
     part: slice | None = None,
     swap: bool = False,
     **options: Any,
@@ -134,7 +139,7 @@ def compare(
 
     Args:
         build: Makes the model, always the same.
-        shard: Shards it in place.
+        shard: Shards it in place, or returns it wrapped.
         part: This process's part of a batch.
         swap: Makes the optimizer before it is sharded.
         **options: For `train`.
@@ -150,7 +155,7 @@ def compare(
         if swap:
             optimizer = swapped(sharded, shard, make)
         else:
-            shard(sharded)
+            sharded = shard(sharded) or sharded
             optimizer = make(sharded)
         watch = Watch()
         with floats_reduced() as floats:
