@@ -274,10 +274,7 @@ class Flat:
         """Second moments one a row, from those one an element, which are equal inside a row."""
         parts = []
         for box, view in zip(self.boxes, self.views(whole)):
-            first = (
-                slice(0, 1) if size < of_view else slice(None) for size, of_view in zip(box.state_shape, view.shape)
-            )
-            parts.append(view[tuple(first)].reshape(-1))
+            parts.append(view[tuple(slice(size) for size in box.state_shape)].reshape(-1))
         return torch.cat(parts)
 
     def shares(self, device: torch.device) -> Shares:

@@ -14,14 +14,14 @@ from torch import nn
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
+    FullyShardedDataParallel,
     ShardedOptimStateDictConfig,
     ShardedStateDictConfig,
     ShardingStrategy,
     StateDictType,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-WRAP = functools.partial(FSDP, use_orig_params=True, device_id=torch.device("cpu"))
+WRAP = functools.partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
 KINDS = {
     "full": (StateDictType.FULL_STATE_DICT, FullStateDictConfig(), FullOptimStateDictConfig()),
     "sharded": (StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(), ShardedOptimStateDictConfig()),
@@ -47,14 +47,14 @@ def resumed(kind: str) -> dict[str, float]:
         model = shard(llama())
         optimizer = make(model)
         workers.train(model, optimizer, before, workers.of_rank())
-        with FSDP.state_dict_type(model, *KINDS[kind]):
-            saved = copy.deepcopy((model.state_dict(), FSDP.optim_state_dict(model, optimizer)))
+        with FullyShardedDataParallel.state_dict_type(model, *KINDS[kind]):
+            saved = copy.deepcopy((model.state_dict(), FullyShardedDataParallel.optim_state_dict(model, optimizer)))
         workers.train(model, optimizer, after, workers.of_rank())
         second = shard(llama())
         again = make(second)
-        with FSDP.state_dict_type(second, *KINDS[kind]):
+        with FullyShardedDataParallel.state_dict_type(second, *KINDS[kind]):
             second.load_state_dict(saved[0])
-            again.load_state_dict(FSDP.optim_state_dict_to_load(second, again, saved[1]))
+            again.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(second, again, saved[1]))
         workers.train(second, again, after, workers.of_rank())
         found[name] = workers.distance(workers.weights(second), workers.weights(model))
     return found
