@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 
 WRAP = functools.partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
 KINDS = {
-    "full": (StateDictType.FULL_STATE_DICT, FullStateDictConfig(), FullOptimStateDictConfig()),
+    "full": (StateDictType.FULL_STATE_DICT, FullStateDictConfig(), FullOptimStateDictConfig(offload_to_cpu=False)),
     "sharded": (StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(), ShardedOptimStateDictConfig()),
 }
 

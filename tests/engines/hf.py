@@ -51,6 +51,8 @@ def arguments(folder: str, cls: type = TrainingArguments, **options: Any) -> Any
     if ENGINE != "ddp":
         defaults["accelerator_config"] = {"use_configured_state": True}
     if ENGINE.startswith("zero"):
+        import zero  # noqa: F401  (DeepSpeed, set up for a CPU)
+
         defaults["deepspeed"] = deepspeed_guide.config(int(ENGINE[-1]))
     if ENGINE == "fsdp2":
         defaults |= {

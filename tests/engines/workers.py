@@ -170,6 +170,7 @@ def compare(
             figures["floats reduced"] = max(floats, default=0)
     parts = [p for p in sharded.parameters() if isinstance(p, DTensor)]
     figures["placements"] = sorted({str(tuple(p.placements)) for p in parts})
+    figures["flattened"] = sum(p.ndim < q.ndim for p, q in zip(sharded.parameters(), alone.parameters()))
     figures["empty parts"] = sum(not p.to_local().numel() for p in parts)
     figures["share"] = state_bytes["adam_mini"] / state_bytes["adamw"]
     return figures

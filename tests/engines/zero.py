@@ -142,9 +142,26 @@ def gpt2() -> nn.Module:
     return model
 
 
+class Scaled(nn.Module):
+    """A model whose only trained vector is so short that the last processes get none of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = llama()
+        for p in self.model.parameters():
+            p.requires_grad_(p.ndim > 1)
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, **batch: torch.Tensor) -> Any:
+        output = self.model(**batch)
+        output.loss = output.loss * self.scale.prod()
+        return output
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "1": (llama, {"stage": 1, "clip": 0.5}),
     "1, experts, offload": (fsdp2.experts, {"stage": 1, "offload": True}),
+    "1, empty parts": (Scaled, {"stage": 1}),
     "2": (wide, {"stage": 2}),
     "2, tied, offload": (tied, {"stage": 2, "offload": True, "clip": 0.5}),
     "2, LoRA": (lora, {"stage": 2}),
@@ -154,6 +171,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "3, sub-groups, offload": (llama, {"stage": 3, "offload": True, "sub_group_size": 1000, "clip": 0.5}),
     "3, fused": (fsdp2.phi3, {"stage": 3}),
     "3, LoRA": (lora, {"stage": 3}),
+    "3, empty parts": (Scaled, {"stage": 3}),
     "3, tied, experts": (lambda: fsdp2.experts(tie_word_embeddings=True), {"stage": 3}),
 }
 IN_BFLOAT16: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
@@ -169,7 +187,6 @@ def figures() -> dict[str, Any]:
     found: dict[str, Any] = {"refused": refused()}
     for name, (build, settings) in cases.items():
         found[name] = compare(build, config(**settings))
-        print(name, found[name], flush=True)
     return found
 
 
