@@ -485,8 +485,8 @@ def _check_engine(name: str | None, parameter: Tensor) -> None:
     """Raises for a parameter that an engine has flattened so that its blocks can't be told."""
     if hasattr(parameter, "_is_flat_param") or (hasattr(parameter, "_fsdp_flattened") and not fsdp1_handle(parameter)):
         raise RuntimeError(
-            f"{name} has been flattened and cut by FSDP1 (FullyShardedDataParallel), and its blocks can't be told; with "
-            "use_orig_params=True they can, where partition and AdamMini are made from the wrapped model. "
+            f"{name} has been flattened and cut by FSDP1 (FullyShardedDataParallel), and its blocks can't be told; "
+            "with use_orig_params=True they can, where partition and AdamMini are made from the wrapped model. "
             f"{_ENGINES}"
         )
 

@@ -68,7 +68,10 @@ def arguments(folder: str, cls: type = TrainingArguments, **options: Any) -> Any
 
 
 def inner(trainer: Trainer) -> torch.optim.Optimizer:
-    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, DeepSpeed's
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def decayed(model: nn.Module, make: Any) -> torch.optim.Optimizer:
