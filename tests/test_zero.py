@@ -151,9 +151,7 @@ def test_state_is_saved_and_loaded_with_the_flat_tensors() -> None:
     close(again, alone(4))
 
     zero_2(third, padding=5)
-    with pytest.raises(
-        ValueError, match=r"exp_avg of the flat tensor of query.weight, .* has shape \(93,\) in the state"
-    ):
+    with pytest.raises(ValueError, match=r"exp_avg of the flat tensor of query.weight, .* has shape \(93,\) in the"):
         third.load_state_dict(saved["optimizer"])
     assert not third.state
     saved["optimizer"]["state"][0]["exp_avg_sq"] = saved["optimizer"]["state"][0]["exp_avg_sq"][:-1]
@@ -222,9 +220,7 @@ def test_a_shape_that_is_not_the_partitions_is_refused() -> None:
     optimizer = optimizer_of(module)
     zero_2(optimizer)
     module.query.weight.data = module.query.weight.data[:3]
-    with pytest.raises(
-        RuntimeError, match=r"query.weight has shape \(3, 5\), which its blocks .*leave autotp_size out"
-    ):
+    with pytest.raises(RuntimeError, match=r"query.weight has shape \(3, 5\), which its .*leave autotp_size out"):
         first_step(optimizer)
 
 
