@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from adam_mini_plugins import AdamMini, Partition, partition, sharding
+from adam_mini_plugins.blocks.whole import whole_shape
 from adam_mini_plugins.memory import measure
 
 STEPS = 5
@@ -105,10 +106,10 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
 
 def decayed(model: nn.Module) -> list[dict[str, Any]]:
     """The groups that trainers make: vectors without decay. An adapter has none."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = [(name, p, whole_shape(p)) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [(name, p) for name, p in named if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [(name, p) for name, p in named if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [(name, p) for name, p, shape in named if len(shape) > 1], "weight_decay": 0.1},
+        {"params": [(name, p) for name, p, shape in named if len(shape) == 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

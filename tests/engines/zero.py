@@ -81,8 +81,14 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(workers.decayed(model), lr=1e-3)
 
 
-def compare(build: Callable[[], nn.Module], settings: dict[str, Any]) -> dict[str, Any]:
-    """Trains a model in one process and in DeepSpeed, with AdamMini and with AdamW."""
+def compare(build: Callable[[], nn.Module], settings: dict[str, Any], in_parts: bool = False) -> dict[str, Any]:
+    """Trains a model in one process and in DeepSpeed, with AdamMini and with AdamW.
+
+    Args:
+        build: Makes the model, always the same.
+        settings: DeepSpeed's config.
+        in_parts: Whether ZeRO-3 cuts the model before an optimizer is made.
+    """
     figures: dict[str, Any] = {}
     state_bytes = {}
     in_bfloat16 = "bf16" in settings
@@ -94,6 +100,9 @@ def compare(build: Callable[[], nn.Module], settings: dict[str, Any]) -> dict[st
         else:
             workers.train(alone, make(alone), workers.batches(), clip=settings["gradient_clipping"] or None)
         model = build()
+        if in_parts:
+            deepspeed.zero.Init(module=model, config_dict_or_path=copy.deepcopy(settings))
+            assert {tuple(p.shape) for p in model.parameters()} == {(0,)}
         optimizer = make(model)
         engine = start(model, optimizer, copy.deepcopy(settings))
         with workers.floats_reduced() as floats:
@@ -169,7 +178,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "2, aligned": (llama, {"stage": 2, "parameter_alignment": True}),
     "3": (wide, {"stage": 3}),
     "3, sub-groups, offload": (llama, {"stage": 3, "offload": True, "sub_group_size": 1000, "clip": 0.5}),
-    "3, fused": (fsdp2.phi3, {"stage": 3}),
+    "3, fused, in parts": (fsdp2.phi3, {"stage": 3}),
     "3, LoRA": (lora, {"stage": 3}),
     "3, empty parts": (Scaled, {"stage": 3}),
     "3, tied, experts": (lambda: fsdp2.experts(tie_word_embeddings=True), {"stage": 3}),
@@ -186,7 +195,7 @@ def figures() -> dict[str, Any]:
     cases = {**CASES, **IN_BFLOAT16} if dist.get_world_size() == 2 else CASES
     found: dict[str, Any] = {"refused": refused()}
     for name, (build, settings) in cases.items():
-        found[name] = compare(build, config(**settings))
+        found[name] = compare(build, config(**settings), in_parts=name == "3, fused, in parts")
     return found
 
 
