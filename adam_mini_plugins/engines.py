@@ -62,7 +62,8 @@ def find_flat(tensor: Tensor, members: Sequence[Member]) -> Flat | None:
 
 def _fsdp1(member: Member, handle: Any) -> Flat | None:
     """The engine lays the parameters of a module end to end, cuts that, and leaves a slice of each where it was."""
-    if handle is None or not handle.uses_sharded_strategy:
+    frozen = member.layout is None and not member.parameter.requires_grad
+    if handle is None or not handle.uses_sharded_strategy or frozen:
         return None
     place = fsdp1_place(member.parameter, handle)
     shape, info = tuple(handle.flat_param._shapes[place]), handle.flat_param._shard_param_infos[place]

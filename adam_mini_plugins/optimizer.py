@@ -462,6 +462,8 @@ def _check_parameters(group: dict[str, Any], flats: Any) -> None:
             f"as FSDP1 does. {_ENGINES}"
         )
     for parameter, name, blocks in zip(params, names, group["blocks"]):
+        if parameter in flats:
+            continue
         grad = parameter.grad
         if grad is not None and grad.is_sparse:
             raise RuntimeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ def config(stage: int, offload: bool = False, clip: float = 0.0, **settings: Any
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
-        "train_micro_batch_size_per_gpu": workers.SAMPLES // dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": workers.SAMPLES // int(os.environ["WORLD_SIZE"]),
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
