@@ -53,10 +53,17 @@ def train(engine: Any, data: list[torch.Tensor], part: slice) -> None:
         engine.step()
 
 
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts parameters alone: DeepSpeed leaves buffers, as those of rotary embeddings, in float32."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
 def train_masters(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> nn.Module:
     """What engines do in bfloat16, in one process: gradients of a bfloat16 copy, steps of float32 masters."""
-    masters = model.bfloat16().float()
-    copied = copy.deepcopy(masters).bfloat16()
+    masters = cast(cast(model, torch.bfloat16), torch.float32)
+    copied = cast(copy.deepcopy(masters), torch.bfloat16)
     optimizer = make(masters)
     for ids in workers.batches():
         copied.zero_grad()
