@@ -275,7 +275,7 @@ class Flat:
         parts = []
         for box, view in zip(self.boxes, self.views(whole)):
             parts.append(view[tuple(slice(size) for size in box.state_shape)].reshape(-1))
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else whole[:0]
 
     def shares(self, device: torch.device) -> Shares:
         """Which blocks take more than one box. All processes of the group have to call it."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +17,11 @@ from hypothesis import strategies as st
 from test_layout import layouts, shape_for
 from torch import Tensor, distributed
 
-from adam_mini_plugins import Layout
+from adam_mini_plugins import Layout, sharding
+from adam_mini_plugins import flat as flat_tensors
 from adam_mini_plugins.flat import Flat, Piece, find_boxes, find_shares
+from adam_mini_plugins.flat import block_means as block_means_of
+from adam_mini_plugins.update import adam_mini
 
 
 @given(st.lists(st.integers(1, 4), max_size=4), st.data())
@@ -138,3 +145,99 @@ def test_slices_that_miss_or_repeat_elements_are_an_error(monkeypatch: pytest.Mo
     for others in ((8, 11), (7, 13), (0, 8), (9, 11)):
         with pytest.raises(RuntimeError, match=r"slices of w of shape \(4, 5\) on 2 processes are .* whole once"):
             gathered(others).shares(torch.device("cpu"))
+
+
+class Processes:
+    """Threads that stand for the processes of a group, and what they send one another."""
+
+    def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.sent, self.lengths = count, {}, []
+        self.barrier, self.thread = threading.Barrier(count, timeout=20), threading.local()
+        there = SimpleNamespace(
+            all_gather=self.all_gather,
+            all_reduce=self.all_reduce,
+            get_world_size=lambda group: count,
+            get_backend_config=lambda group: "cpu:gloo",
+        )
+        monkeypatch.setattr(flat_tensors, "distributed", there)
+        monkeypatch.setattr(sharding, "distributed", there)
+
+    def exchanged(self, mine: Tensor) -> list[Tensor]:
+        self.sent[self.thread.rank] = mine.clone()
+        self.barrier.wait()
+        everyone = [self.sent[rank] for rank in range(self.count)]
+        self.barrier.wait()
+        return everyone
+
+    def all_gather(self, tensors: list[Tensor], mine: Tensor, group: None) -> None:
+        for tensor, sent in zip(tensors, self.exchanged(mine)):
+            tensor.copy_(sent)
+
+    def all_reduce(self, tensor: Tensor, group: None) -> None:
+        self.lengths.append(len(tensor))
+        tensor.copy_(torch.stack(self.exchanged(tensor)).sum(0))
+
+    def run(self, act: Callable[[int], Any]) -> list[Any]:
+        def of(rank: int) -> Any:
+            self.thread.rank = rank
+            return act(rank)
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(of, range(self.count)))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_step_of_boxes_on_several_processes_is_the_step_of_the_tensors(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = [
+        (Layout.parse("0: 3 (10)"), (30, 4)),  # heads
+        (Layout.parse("0: (7)"), (7,)),  # a norm
+        (Layout.parse("0: 2 | (4) + 2 | 3"), (14, 5)),  # by heads keys and values
+        (Layout.parse("1: 6"), (5, 6)),  # Conv1D
+        (Layout.parse("0,1: 6"), (2, 3, 4)),  # experts
+        (Layout.parse("0: 5"), (5,)),  # a bias
+    ]
+    numel = sum(math.prod(shape) for _, shape in tensors)
+    generator = torch.Generator().manual_seed(0)
+    values, grad = (torch.randn(numel, generator=generator) for _ in range(2))
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
+
+    def step(params: list[Tensor], grads: list[Tensor], layouts: list[Layout], means: list[Any]) -> None:
+        second_moments = [torch.zeros(layout.state_shape(p.shape)) for layout, p in zip(layouts, params)]
+        steps = [torch.tensor(0.0) for _ in params]
+        adam_mini(
+            params, grads, [torch.zeros_like(p) for p in params], second_moments, steps, layouts, means, **options
+        )
+
+    def parts(tensor: Tensor) -> list[Tensor]:
+        cut = tensor.split([math.prod(shape) for _, shape in tensors])
+        return [part.view(shape) for part, (_, shape) in zip(cut, tensors)]
+
+    expected = values.clone()
+    step(parts(expected), parts(grad), [layout for layout, _ in tensors], [None] * len(tensors))
+
+    bounds = [numel * rank // processes for rank in range(processes + 1)]
+    group = Processes(processes, monkeypatch)
+
+    def of_process(rank: int) -> Tensor:
+        flat = Flat(pieces_of(tensors, bounds, rank), group=None)
+        mine, of_grad = (tensor[bounds[rank] : bounds[rank + 1]].clone() for tensor in (values, grad))
+        (means,) = block_means_of([(flat, of_grad, torch.float32, mine.device)])
+        step(flat.views(mine), flat.views(of_grad), flat.layouts, means)
+        return mine
+
+    torch.testing.assert_close(torch.cat(group.run(of_process)), expected, rtol=1e-6, atol=1e-6)
+    # Cut at 140: inside row 4, of head 0's keys and values. At 93 and 186: inside head 2 and inside row 12.
+    assert group.lengths == {1: [], 2: [1] * 2, 3: [2] * 3}[processes]
+
+
+def test_a_process_without_a_gradient_adds_nothing_and_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Processes(2, monkeypatch)
+
+    def of_process(rank: int) -> Any:
+        flat = Flat([Piece("w", Layout.whole(4), (4,), 2 * rank, 2, 0)], group=None)
+        return block_means_of([(flat, torch.full((2,), 3.0) if rank else None, torch.float32, torch.device("cpu"))])
+
+    for ((means,),) in group.run(of_process):
+        assert means.tolist() == [4.5, 4.5]
