@@ -228,7 +228,7 @@ def test_a_step_of_boxes_on_several_processes_is_the_step_of_the_tensors(
         return mine
 
     torch.testing.assert_close(torch.cat(group.run(of_process)), expected, rtol=1e-6, atol=1e-6)
-    # Cut at 140: inside row 4, of head 0's keys and values. At 93 and 186: inside head 2 and inside row 12.
+    # Cut at 140: inside the keys of a head. At 93 and 186: inside the last head, and inside a row of values.
     assert group.lengths == {1: [], 2: [1] * 2, 3: [2] * 3}[processes]
 
 
