@@ -24,7 +24,9 @@ _DROPPED = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable",
 # What a fused AdamW leaves on itself for gradient scalers and for its own checks.
 _MARKS = ("_step_supports_amp_scaling", "_need_device_dtype_check_for_fused")
 # What AdamMini's groups have and AdamW's have not.
-_OURS = ("blocks", "param_names", "params", "state_dtype")
+_OURS = ("blocks", "param_names", "params", "state_dtype", "fused", "capturable", "stochastic_rounding", "seed")
+# What an AdamMini knows of its parameters besides its groups and state.
+_HELD = ("partition", "_made_with", "_flats", "_plans")
 
 
 def is_adam(optimizer: Optimizer) -> bool:
@@ -240,7 +242,8 @@ def _become(optimizer: Optimizer, new: AdamMini) -> None:
     for group, converted in zip(optimizer.param_groups, new.param_groups):
         group.clear()
         group.update(converted)
-    vars(optimizer).update(partition=new.partition, state=new.state)
+    kept = {name: value for name, value in vars(new).items() if name in _HELD}
+    vars(optimizer).update(kept, state=new.state)
 
 
 def _successor(parameter: Tensor, name: str, before: Partition, after: Partition) -> Tensor:

@@ -87,7 +87,10 @@ def measure(*optimizers: HasState) -> OptimizerMemory:
         optimizers: One optimizer, or all of a module's.
     """
     inner = [_unwrap(optimizer) for optimizer in optimizers]
-    params = list(dict.fromkeys(p for optimizer in inner for group in optimizer.param_groups for p in group["params"]))
+    # Engines may show an optimizer its parameters during a step alone: what has state was one of them.
+    held = [p for optimizer in inner for group in optimizer.param_groups for p in group["params"]]
+    held += [p for optimizer in inner for p, state in optimizer.state.items() if state and isinstance(p, Tensor)]
+    params = list(dict.fromkeys(held))
     stateful = {p for optimizer in inner for p in params if optimizer.state.get(p)}
     # Plain SGD holds nothing, and is compared by all that it trains. Others hold nothing for what had no gradient.
     trained = [p for p in params if p in stateful or (not stateful and p.requires_grad)]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Real
-from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from . import sharding
+from . import engines, sharding
 from .blocks import Layout, Partition
 from .blocks import partition as make_partition
+from .blocks.whole import fsdp1_handle, whole_shape
+from .flat import Flat, block_means
 from .kernels import Members, Plan
 from .rounding import seed_of_tensor
 from .update import second_moment_dtype
@@ -24,8 +27,8 @@ _HOW_TO_PARTITION = (
 )
 _START_ANEW = "Load an earlier checkpoint, or start with the model's weights alone"
 _ENGINES = (
-    "AdamMini trains with DistributedDataParallel, FSDP2 and tensor parallelism: use FSDP2 (fully_shard in torch, "
-    "fsdp_version: 2 in accelerate, ModelParallelStrategy in Lightning)"
+    "AdamMini trains with DistributedDataParallel, FSDP2, tensor parallelism and DeepSpeed ZeRO: use FSDP2 "
+    "(fully_shard in torch, fsdp_version: 2 in accelerate, ModelParallelStrategy in Lightning)"
 )
 
 # Options that saved states may be older than, and what the step was without them.
@@ -122,6 +125,7 @@ class AdamMini(Optimizer):
             "capturable": capturable,
         }
         defaults.update(_checked_options(defaults))
+        self._remember([])
         super().__init__(params, defaults)
 
     @classmethod
@@ -277,6 +281,32 @@ class AdamMini(Optimizer):
         # The group is the dictionary that was given, as with torch's optimizers: whoever gave it may go on to use it.
         param_group.update(group)
         super().add_param_group(param_group)
+        self._remember([param_group])
+
+    def _remember(self, groups: list[dict[str, Any]]) -> None:
+        """Notes which tensors groups are made with: an engine may replace them, and say on them by what."""
+        if "_made_with" not in vars(self):
+            # Weak, so that whole tensors don't outlive the cutting of a model that replaces them.
+            self._made_with: dict[str, TensorWeakRef | None] = {}
+            self._flats: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        for group in groups:
+            for name, parameter in zip(group["param_names"], group["params"]):
+                self._made_with[name] = None if name in self._made_with else TensorWeakRef(parameter)
+
+    def _resolve(self, group: dict[str, Any]) -> None:
+        """Finds out what those tensors of a group hold that an engine has put in its parameters' place."""
+        if all(p in self._flats for p in group["params"]):
+            return
+        references = [self._made_with.get(name) for name in group["param_names"]]
+        members = [
+            engines.Member(name, Layout.parse(blocks) if blocks else None, reference() if reference else None)
+            for name, blocks, reference in zip(group["param_names"], group["blocks"], references)
+        ]
+        if any(engines.takes_over(member.parameter) for member in members):
+            for p in group["params"]:
+                flat = engines.find_flat(p, members)
+                if flat is not None:
+                    self._flats[p] = flat
 
     def _identify(self, member: Tensor | tuple[str, Tensor]) -> tuple[str, Tensor, str]:
         """A parameter's name, itself, and its blocks as text (none while it is frozen and unknown)."""
@@ -311,9 +341,10 @@ class AdamMini(Optimizer):
                 "to an optimizer that exists, first set optimizer.partition = partition(model); a library that steps "
                 "copies of parameters needs their names, as docs/offload.md has it"
             )
-        if entry.shape != parameter.shape:
+        shape = whole_shape(parameter)
+        if entry.shape != shape:
             raise ValueError(
-                f"{described} has shape {tuple(parameter.shape)}, but {tuple(entry.shape)} in the partition, which "
+                f"{described} has shape {tuple(shape)}, but {tuple(entry.shape)} in the partition, which "
                 f"is another model's or was made before a resize: {_HOW_TO_PARTITION}"
             )
         return given or entry.name, parameter, str(entry.layout)
@@ -347,8 +378,8 @@ class AdamMini(Optimizer):
         if steps is None:
             steps = self._plan(groups)
             # What processes share is found out anew in every step, with what they have to tell each other.
-            sharded = any(sharding.is_sharded(p) for group in groups for p in group["params"])
-            plans = () if sharded else [(_watched(group), plan) for group, plan, _ in steps]
+            cut = any(sharding.is_sharded(p) or p in self._flats for group in groups for p in group["params"])
+            plans = () if cut else [(_watched(group), plan) for group, plan, _ in steps]
         for group, plan, members in steps:
             beta1, beta2 = group["betas"]
             plan.step(
@@ -385,40 +416,87 @@ class AdamMini(Optimizer):
     def _plan(self, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], Plan, Members]]:
         """Checks all parameters, and finds for each group a plan and the tensors of this step."""
         for group in groups:
-            _check_parameters(group)
-        grads, means = _reduced(groups)
+            self._resolve(group)
+            _check_parameters(group, self._flats)
+        grads, means = self._reduced(groups)
         found, seeds = [], self._seeds()
         for group in groups:
-            active = [
-                (p, name, Layout.parse(blocks))
-                for p, name, blocks in zip(group["params"], group["param_names"], group["blocks"])
-                if p.grad is not None
-            ]
-            states = [self._state_of(p, layout, group) for p, _, layout in active]
-            members = _members(group, states, grads, means)
-            plan = Plan(
-                members,
-                [name for _, name, _ in active],
-                group["fused"],
-                [seeds[p] for p, _, _ in active] if group["stochastic_rounding"] else [],
-            )
+            names, of_parts, rows = [], [], []
+            for p, name, blocks in zip(group["params"], _names(group, self._flats), group["blocks"]):
+                if p.grad is not None:
+                    parts = list(self._parts(p, Layout.parse(blocks), group, grads.get(p, p.grad), means.get(p)))
+                    rows += parts
+                    names += [name] * len(parts)
+                    of_parts += [
+                        seed_of_tensor(seeds[p], number) if number else seeds[p] for number in range(len(parts))
+                    ]
+            members = Members(*map(list, zip(*rows))) if rows else Members(*([] for _ in Members._fields))
+            plan = Plan(members, names, group["fused"], of_parts if group["stochastic_rounding"] else [])
             found.append((group, plan, members))
         return found
+
+    def _parts(
+        self, p: Tensor, layout: Layout, group: dict[str, Any], grad: Tensor, means: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """What takes a step for a tensor of a group, as rows of :class:`Members`: itself, or the boxes it holds."""
+        flat = self._flats.get(p)
+        if flat is None:
+            state = self._state_of(p, group, partial(sharding.new_second_moment, p, layout))
+            moments = [sharding.local(state[entry]) for entry in ("exp_avg", "exp_avg_sq")]
+            yield (sharding.local(p), grad, *moments, state["step"], layout, means)
+        elif flat.boxes:  # without any, it is the end of what was laid out for other processes
+            state = self._state_of(p, group, lambda: p.new_zeros(flat.num_rows, dtype=second_moment_dtype(p)))
+            yield from zip(
+                flat.views(p),
+                flat.views(grad),
+                flat.views(state["exp_avg"]),
+                flat.second_moments(state["exp_avg_sq"]),
+                [state["step"], *(state["step"].clone() for _ in flat.boxes[1:])],  # each is counted up once
+                flat.layouts,
+                means,
+            )
+
+    def _reduced(self, groups: Sequence[dict[str, Any]]) -> tuple[dict[Tensor, Tensor], dict[Tensor, Any]]:
+        """Of parameters cut over processes the local gradients, and block means where processes share blocks.
+
+        Of flat tensors, block means of each box.
+        """
+        tensors = [(p, blocks) for group in groups for p, blocks in zip(group["params"], group["blocks"])]
+        # With no gradient here too: another process may have one, and waits for this one.
+        cut = [(p, Layout.parse(blocks)) for p, blocks in tensors if p.requires_grad or p.grad is not None]
+        sharded = [(p, layout) for p, layout in cut if sharding.is_sharded(p)]
+        grads, means = sharding.gradients_and_means(sharded) if sharded else ({}, {})
+        flats = [p for p, _ in cut if p in self._flats]
+        of_flats = block_means([(self._flats[p], p.grad, second_moment_dtype(p), p.device) for p in flats])
+        return grads, {**means, **dict(zip(flats, of_flats))}
 
     def _seeds(self) -> dict[Tensor, int]:
         """For each parameter where the random numbers for rounding start."""
         members = ((group["seed"], p) for group in self.param_groups for p in group["params"])
         return {p: seed_of_tensor(seed, number) for number, (seed, p) in enumerate(members)}
 
-    def _state_of(self, parameter: Tensor, layout: Layout, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _state_of(
+        self, parameter: Tensor, group: dict[str, Any], new_second_moment: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
         """A parameter's state, made at its first step."""
         state = self.state[parameter]
         if not state:
             dtype = momentum_dtype(parameter, group["state_dtype"])
             state["step"] = torch.zeros((), dtype=torch.float32, device=_device_of_step(parameter, group))
             state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = sharding.new_second_moment(parameter, layout)
+            state["exp_avg_sq"] = new_second_moment()
         return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of the optimizer as a dictionary, as torch's optimizers do."""
+        packed = super().state_dict()
+        for group, saved in zip(self.param_groups, packed["param_groups"]):
+            for parameter, key in zip(group["params"], saved["params"]):
+                flat, state = self._flats.get(parameter), packed["state"].get(key)
+                if flat is not None and flat.state_by_element and state:
+                    whole = flat.by_element(state["exp_avg_sq"], parameter.numel())
+                    packed["state"][key] = {**state, "exp_avg_sq": whole}
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state that :meth:`state_dict` returned.
@@ -482,19 +560,24 @@ class AdamMini(Optimizer):
                     f"parameter group {number} of the state to load has {len(saved['params'])} parameters, "
                     f"this optimizer's has {len(group['params'])}: build it with the parameters that it was saved with"
                 )
-            _check_saved_group(number, saved)
-            for parameter, name, blocks, key, saved_blocks in zip(
-                group["params"], group["param_names"], group["blocks"], saved["params"], saved["blocks"]
-            ):
+            _check_saved_group(number, saved, len(group["blocks"]))
+            for name, blocks, saved_blocks in zip(group["param_names"], group["blocks"], saved["blocks"]):
                 if blocks != saved_blocks:
                     raise ValueError(
                         f"{name} has blocks {blocks!r}, but {saved_blocks!r} in the state to load: load it into an "
                         "optimizer made with the partition (scheme, value, rules) that it was saved with, and then "
                         "call optimizer.repartition(partition) if the blocks are to be others"
                     )
-                state = states.get(key)
-                if state:
-                    _check_state(name, parameter, Layout.parse(blocks), state)
+            self._resolve(group)
+            for parameter, name, blocks, key in zip(
+                group["params"], _names(group, self._flats), group["blocks"], saved["params"]
+            ):
+                state, flat = states.get(key), self._flats.get(parameter)
+                if state and flat is not None:
+                    rows = parameter.numel() if flat.state_by_element else flat.num_rows
+                    _check_state(name, parameter, (rows,), state)
+                elif state:
+                    _check_state(name, parameter, Layout.parse(blocks).state_shape(parameter.shape), state)
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """Gives loaded state the dtypes that a new state would have, from the values as they were saved."""
@@ -512,6 +595,9 @@ class AdamMini(Optimizer):
                     }
                     for entry, dtype in dtypes.items():
                         value = source[entry].to(device=parameter.device, dtype=dtype)
+                        flat = self._flats.get(parameter)
+                        if flat is not None and flat.state_by_element and entry == "exp_avg_sq":
+                            value = flat.by_row(value)
                         self.state[parameter][entry] = sharding.placed(value, parameter, Layout.parse(blocks))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -527,6 +613,8 @@ class AdamMini(Optimizer):
         for of_parameter in self.state.values():
             if isinstance(of_parameter, dict) and "step" in of_parameter:
                 of_parameter["step"] = torch.as_tensor(of_parameter["step"], dtype=torch.float32)
+        if "_made_with" not in vars(self):  # not so when it is a state dictionary that is loaded
+            self._remember(self.param_groups)
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -543,18 +631,6 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
             "on what is to be trained; with PEFT, load the adapter with is_trainable=True"
         )
     return trainable
-
-
-def _reduced(groups: Iterable[dict[str, Any]]) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-    """Of parameters cut over processes the local gradients, and block means where processes share blocks."""
-    sharded = [
-        (p, Layout.parse(blocks))
-        for group in groups
-        for p, blocks in zip(group["params"], group["blocks"])
-        # With no gradient here too: another process may have one, and waits for this one.
-        if sharding.is_sharded(p) and (p.requires_grad or p.grad is not None)
-    ]
-    return sharding.gradients_and_means(sharded) if sharded else ({}, {})
 
 
 def _check_ordered(params: Any) -> None:
@@ -633,41 +709,38 @@ def _watched(group: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _members(
-    group: dict[str, Any],
-    states: Sequence[dict[str, Tensor]],
-    grads: Mapping[Tensor, Tensor] = MappingProxyType({}),
-    means: Mapping[Tensor, Tensor] = MappingProxyType({}),
-) -> Members:
-    """The tensors of a group's step.
-
-    Args:
-        group: The group.
-        states: The state of each of its parameters that has a gradient.
-        grads: Gradients that are not the parameters' own.
-        means: Block means that come from elsewhere.
-    """
+def _members(group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Members:
+    """The tensors of a group's step, where none is cut; ``states`` are those of the parameters with a gradient."""
     active = [(p, blocks) for p, blocks in zip(group["params"], group["blocks"]) if p.grad is not None]
     return Members(
-        [sharding.local(p) for p, _ in active],
-        [grads.get(p, p.grad) if grads else p.grad for p, _ in active],
-        [sharding.local(state["exp_avg"]) for state in states],
-        [sharding.local(state["exp_avg_sq"]) for state in states],
+        [p for p, _ in active],
+        [cast(Tensor, p.grad) for p, _ in active],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
         [state["step"] for state in states],
         [Layout.parse(blocks) for _, blocks in active],
-        [means.get(p) if means else None for p, _ in active],
+        [None] * len(active),
     )
 
 
-def _check_parameters(group: dict[str, Any]) -> None:
+def _names(group: dict[str, Any], flats: Mapping[Tensor, Flat]) -> list[str]:
+    """What to call each tensor of a group: its name, or what it holds."""
+    return [str(flats[p]) if p in flats else name for p, name in zip(group["params"], group["param_names"])]
+
+
+def _check_parameters(group: dict[str, Any], flats: Mapping[Tensor, Flat]) -> None:
     """Raises where a step would go wrong, before anything has changed and before processes wait for each other."""
     params, names = group["params"], group["param_names"]
+    if all(p in flats for p in params):
+        return  # among them groups without a tensor: ZeRO-3 steps one part of one group at a time
     if len(params) != len(names):
         raise RuntimeError(
             f"a parameter group holds {len(params)} tensors for {len(names)} names: an engine has merged or cut them, "
-            f"as DeepSpeed ZeRO and FSDP1 do. {_ENGINES}"
+            f"as FSDP1 does. {_ENGINES}"
         )
     for parameter, name, blocks in zip(params, names, group["blocks"]):
+        if parameter in flats:
+            continue
         grad = parameter.grad
         if grad is not None and grad.is_sparse:
             raise RuntimeError(
@@ -683,20 +756,19 @@ def _check_parameters(group: dict[str, Any]) -> None:
         if blocks and not Layout.parse(blocks).fits(parameter.shape):
             raise RuntimeError(
                 f"{name} has shape {tuple(parameter.shape)}, which its blocks {blocks!r} don't fit: it was resized "
-                "(then call optimizer.repartition(partition(model))), or an engine has flattened it, as DeepSpeed "
-                f"ZeRO and FSDP1 do. {_ENGINES}"
+                "(then call optimizer.repartition(partition(model))), or an engine has flattened it, as FSDP1 does. "
+                f"{_ENGINES}"
             )
 
 
 def _check_engine(name: str | None, parameter: Tensor) -> None:
-    """Raises for a parameter that an engine has flattened, where the engine has left a mark on it."""
-    if hasattr(parameter, "_is_flat_param") or hasattr(parameter, "_fsdp_flattened"):
-        engine = "FSDP1 (FullyShardedDataParallel)"
-    elif hasattr(parameter, "ds_id"):
-        engine = "DeepSpeed ZeRO-3"
-    else:
-        return
-    raise RuntimeError(f"{name} has been flattened and cut by {engine}, and its blocks can't be told. {_ENGINES}")
+    """Raises for a parameter that an engine has flattened so that its blocks can't be told."""
+    if hasattr(parameter, "_is_flat_param") or (hasattr(parameter, "_fsdp_flattened") and not fsdp1_handle(parameter)):
+        raise RuntimeError(
+            f"{name} has been flattened and cut by FSDP1 (FullyShardedDataParallel), and its blocks can't be told; "
+            "with use_orig_params=True they can, where partition and AdamMini are made from the wrapped model. "
+            f"{_ENGINES}"
+        )
 
 
 def _parts(state_dict: dict[str, Any]) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
@@ -720,8 +792,8 @@ def _shortened(keys: Iterable[Any]) -> str:
     return ", ".join(shown[:4]) + f" and {len(shown) - 4} more" * (len(shown) > 4) or "nothing"
 
 
-def _check_saved_group(number: int, saved: dict[str, Any]) -> None:
-    """Raises for a group of a state to load that could not be gone on with."""
+def _check_saved_group(number: int, saved: dict[str, Any], members: int) -> None:
+    """Raises for a group of a state to load that could not be gone on with by an optimizer's group of ``members``."""
     where = f"parameter group {number} of the state to load"
     missing = [option for option in ("lr", "betas", "eps", "weight_decay") if option not in saved]
     if missing:
@@ -731,15 +803,13 @@ def _check_saved_group(number: int, saved: dict[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} is damaged: {error}. {_START_ANEW}") from error
     for entry in ("blocks", "param_names"):
-        found = saved.get(entry, saved["params"])
-        if not isinstance(found, list) or len(found) != len(saved["params"]):
-            raise ValueError(
-                f"{where} has {len(saved['params'])} parameters and other {entry!r} for them. {_START_ANEW}"
-            )
+        found = saved.get(entry, [None] * members)
+        if not isinstance(found, list) or len(found) != members:
+            raise ValueError(f"{where} has other {entry!r} than one for each of {members} parameters. {_START_ANEW}")
 
 
-def _check_state(name: str, parameter: Tensor, layout: Layout, state: Any) -> None:
-    expected = {"exp_avg": tuple(parameter.shape), "exp_avg_sq": layout.state_shape(parameter.shape), "step": ()}
+def _check_state(name: str, parameter: Tensor, second_moments: tuple[int, ...], state: Any) -> None:
+    expected = {"exp_avg": tuple(parameter.shape), "exp_avg_sq": second_moments, "step": ()}
     for entry, shape in expected.items():
         if not isinstance(state, dict) or entry not in state:
             has = sorted(state) if isinstance(state, dict) else state

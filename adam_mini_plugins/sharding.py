@@ -141,11 +141,16 @@ def _reduce(shares: Sequence[tuple[Any, Layout, Cuts, Tensor]]) -> None:
             members.setdefault(parameter.device_mesh.get_group(dim), []).append((share, cuts.reduced))
     # Where a tensor is cut along two dimensions, the sums of one are added up along the other, in any order.
     for group, cut in members.items():
-        sums = torch.cat([share[reduced] for share, reduced in cut])
-        if sums.numel():
-            distributed.all_reduce(sums, group=group)
-        for (share, reduced), of_share in zip(cut, sums.split([len(reduced) for _, reduced in cut])):
-            share[reduced] = of_share.to(share.dtype)
+        for (share, reduced), sums in zip(cut, add_up([share[reduced] for share, reduced in cut], group)):
+            share[reduced] = sums.to(share.dtype)
+
+
+def add_up(parts: Sequence[Tensor], group: Any) -> tuple[Tensor, ...]:
+    """Vectors added up over the processes of a group, by one all-reduce for all of them, or none for no numbers."""
+    sums = torch.cat(list(parts))
+    if sums.numel():
+        distributed.all_reduce(sums, group=group)
+    return sums.split([len(part) for part in parts])
 
 
 class Cuts(NamedTuple):

@@ -516,7 +516,7 @@ def test_an_engine_that_has_merged_parameters_is_noticed() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("mark", ["_fsdp_flattened", "_is_flat_param", "ds_id"])
+@pytest.mark.parametrize("mark", ["_fsdp_flattened", "_is_flat_param"])
 def test_a_parameter_that_an_engine_has_marked_as_flattened_is_refused(mark: str) -> None:
     model, optimizer = built()
     setattr(model[0].bias, mark, True)

@@ -211,7 +211,7 @@ FEATURE_OF = {"trainer": "plain", "lora": "lora", "sft": "plain", "sft, lora": "
     ],
 )
 def test_transformers_and_trl(engine: str, processes: int, ways: Sequence[str], tmp_path: Path, proves: Proves) -> None:
-    figures = launch("hf.py", processes, engine, *ways, CHECKPOINTS=str(tmp_path))
+    figures = launch("hf.py", processes, engine, *ways, CHECKPOINTS=str(tmp_path))[engine]
     named = {"fsdp2": "FSDP2", "ddp": "DDP"}[engine]
     kinds = {"fsdp2": ["FULL_STATE_DICT", "SHARDED_STATE_DICT"], "ddp": ["plain"]}[engine]
     assert figures.get("resumed") == (dict.fromkeys(kinds, 0.0) if "resumed" in ways else None)
@@ -224,7 +224,7 @@ def test_transformers_and_trl(engine: str, processes: int, ways: Sequence[str], 
 
 def test_accelerate_launch_with_the_guides_file(yaml_file: Path, tmp_path: Path, proves: Proves) -> None:
     launcher = ("accelerate.commands.launch", "--config_file", str(yaml_file), "--mixed_precision", "no")
-    figures = launch("hf.py", 2, "launched", "trainer", launcher=launcher, CHECKPOINTS=str(tmp_path))
+    figures = launch("hf.py", 2, "launched", "trainer", launcher=launcher, CHECKPOINTS=str(tmp_path))["launched"]
     close_to_one_process(figures["trainer"])
     proves("FSDP2, accelerate launch", "plain", processes=2)
 

@@ -18,6 +18,7 @@ from .geometry import GeometryError, Slices
 from .layout import Layout
 from .probe import Probe, ProbeError, probe_model
 from .rules import HESSIAN_RULES, TENSOR_RULES, Facts, Rule, Site, first_match, has_attention, output_axis
+from .whole import as_built
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +192,11 @@ def partition(
     _check_choice("value", value, VALUES)
     _check_whole(model)
     seen = _probed(model, probe)
+    with as_built(model) as built:
+        return _read(built, scheme, value, rules, seen)
+
+
+def _read(model: nn.Module, scheme: str, value: str, rules: Sequence[UserRule], seen: Probe) -> Partition:
     if scheme == "auto":
         scheme = "hessian" if seen.heads or has_attention(model) else "tensor"
         if scheme == "tensor":

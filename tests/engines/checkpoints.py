@@ -36,12 +36,7 @@ def model_and_optimizer(shard: bool = True, lr: float = 1e-3) -> tuple[nn.Module
     if shard:
         fully_shard(model.model.layers[0])
         fully_shard(model)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [(name, p) for name, p in named if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [(name, p) for name, p in named if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return model, AdamMini(groups, lr=lr, partition=partition(model))
+    return model, AdamMini(workers.decayed(model), lr=lr, partition=partition(model))
 
 
 def one_process() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

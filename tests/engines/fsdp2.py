@@ -26,9 +26,9 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**zoo.GPT2, "n_layer": 1})).double().train()
 
 
-def experts() -> nn.Module:
+def experts(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(**ONE_LAYER, num_local_experts=4)
+    config = transformers.MixtralConfig(**ONE_LAYER, num_local_experts=4, **options)
     return transformers.MixtralForCausalLM(config).train()
 
 

@@ -1,7 +1,7 @@
-"""transformers' Trainer and TRL's SFTTrainer on the CPU, under one of three engines.
+"""transformers' Trainer and TRL's SFTTrainer on the CPU, under one engine after another.
 
-`ddp` is DistributedDataParallel; `fsdp2` is FSDP2 as TrainingArguments set it, and `launched` as the file of
-`accelerate launch` does.
+The first argument has the engines: `ddp`, `fsdp1`, `fsdp2`, `zero1` to `zero3`, and `launched`, which is FSDP2 as the
+file of `accelerate launch` sets it. The others say what to do under each.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed_guide
 import torch
 import trl_zoo
 import workers
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -27,7 +29,8 @@ from trl import SFTConfig, SFTTrainer
 import adam_mini_plugins.hf  # makes optim="adam_mini" known
 from adam_mini_plugins import AdamMini
 
-ENGINE, *WAYS = workers.arguments()
+ENGINES, *WAYS = workers.arguments()
+ENGINE = ""  # the one at work
 OUTPUT = Path(os.environ["CHECKPOINTS"])
 IDS = workers.batches(1)[0]  # each step sees all of it, in whatever order
 DATA = [{"input_ids": ids, "labels": ids} for ids in IDS]
@@ -52,11 +55,16 @@ def arguments(folder: str, cls: type = TrainingArguments, **options: Any) -> Any
     }
     if ENGINE != "ddp":
         defaults["accelerator_config"] = {"use_configured_state": True}
-    if ENGINE == "fsdp2":
+    if ENGINE.startswith("zero"):
+        import zero  # noqa: F401  (DeepSpeed, set up for a CPU)
+
+        defaults["deepspeed"] = deepspeed_guide.config(int(ENGINE[-1]))
+    if ENGINE.startswith("fsdp"):
         defaults |= {
             "fsdp": True,
             "fsdp_config": {
-                "version": 2,
+                "version": int(ENGINE[-1]),
+                "use_orig_params": True,
                 "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
                 "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
                 "state_dict_type": options.pop("state_dict_type", "FULL_STATE_DICT"),
@@ -66,17 +74,15 @@ def arguments(folder: str, cls: type = TrainingArguments, **options: Any) -> Any
 
 
 def inner(trainer: Trainer) -> torch.optim.Optimizer:
-    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, DeepSpeed's
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def decayed(model: nn.Module, make: Any) -> torch.optim.Optimizer:
     """An optimizer in one process, with the groups that Trainer makes."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [pair for pair in named if pair[1].ndim > 1], "weight_decay": 0.1},
-        {"params": [pair for pair in named if pair[1].ndim == 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]  # an adapter has no vectors
+    groups = workers.decayed(model)
     if make is AdamMini:
         return AdamMini(groups, lr=1e-3, partition=adam_mini_plugins.partition(model))
     return torch.optim.AdamW(groups, lr=1e-3)
@@ -88,17 +94,25 @@ def model() -> nn.Module:
 
 def ends(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The weights by their names in the model itself."""
-    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: workers.whole(p).clone() for name, p in unwrapped.named_parameters()}
+    if ENGINE == "fsdp1":
+        return workers.weights(trainer.model_wrapped)
+    return workers.weights(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def assert_engine(trainer: Trainer) -> None:
     kind = trainer.accelerator.distributed_type
     params = [p for group in inner(trainer).param_groups for p in group["params"]]
-    if ENGINE != "ddp":
+    if ENGINE in ("fsdp2", "launched"):
         assert kind == DistributedType.FSDP, kind
         assert trainer.accelerator.is_fsdp2
         assert all(isinstance(p, DTensor) for p in params)
+    elif ENGINE == "fsdp1":
+        assert kind == DistributedType.FSDP, kind
+        assert not trainer.accelerator.is_fsdp2
+        assert all(p.ndim == 1 for p in params)
+    elif ENGINE.startswith("zero"):
+        assert kind == DistributedType.DEEPSPEED, kind
+        assert trainer.model_wrapped.zero_optimization_stage() == int(ENGINE[-1])
     else:
         assert kind == DistributedType.MULTI_CPU, kind
         assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
@@ -158,17 +172,14 @@ def resumed() -> dict[str, float]:
         second = Trainer(model(), arguments(f"{kind} resumed", **options), train_dataset=DATA)
         second.train(resume_from_checkpoint=str(OUTPUT / kind / "checkpoint-3"))
         assert second.state.global_step == workers.STEPS
+        assert_engine(second)
         found[kind] = workers.distance(ends(trainer), ends(second))
     return found
 
 
 def main() -> None:
+    global ENGINE
     faulthandler.dump_traceback_later(140)
-    state = PartialState(cpu=True, backend="gloo")
-    if ENGINE != "ddp":
-        # accelerate takes FSDP for a matter of accelerators, and would train DDP on a CPU without a word.
-        state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        state._shared_state["device"] = torch.device("cpu")
     ways = {
         "trainer": lambda: compared(plain, model),
         "lora": lambda: compared(with_lora, lambda: get_peft_model(model(), lora())),
@@ -176,7 +187,21 @@ def main() -> None:
         "sft, lora": lambda: compared(lambda optim: sft(optim, lora()), lambda: get_peft_model(model(), lora())),
         "resumed": resumed,
     }
-    workers.report({way: ways[way]() for way in WAYS})
+    figures = {}
+    for ENGINE in ENGINES.split(","):
+        set_up()
+        figures[ENGINE] = {way: ways[way]() for way in WAYS}
+    workers.report(figures)
+
+
+def set_up() -> None:
+    state = PartialState(cpu=True, backend="gloo")
+    if ENGINE != "ddp":
+        # accelerate takes these engines for a matter of accelerators, and would train DDP on a CPU without a word.
+        kind = DistributedType.DEEPSPEED if ENGINE.startswith("zero") else DistributedType.MULTI_GPU
+        state._shared_state["distributed_type"] = kind
+        state._shared_state["device"] = torch.device("cpu")
+    AcceleratorState._reset_state()
 
 
 main()

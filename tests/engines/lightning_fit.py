@@ -1,4 +1,6 @@
-"""Lightning under `ddp` and ModelParallelStrategy, with and without tensor parallelism, on the CPU."""
+"""Lightning on the CPU under the strategies that are named: `ddp`, `model parallel` (as `whole checkpoint` with those),
+`tensor parallel`, `zero 2`, `zero 3`, `fsdp1`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,12 @@ import tensor_parallel
 import torch
 import workers
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from adam_mini_plugins import AdamMini, partition
 from adam_mini_plugins.lightning import AdamMiniOptimizer
@@ -55,11 +58,47 @@ class Module(LightningModule):
 def strategy(name: str) -> Any:
     if name == "ddp":
         return DDPStrategy(process_group_backend="gloo")
+    if name.startswith("zero"):
+        return zero_strategy(int(name[-1]))
+    if name == "fsdp1":
+        return FSDP1(auto_wrap_policy={LlamaDecoderLayer}, state_dict_type="sharded", process_group_backend="gloo")
     whole, tensor_parallel_size = name == "whole checkpoint", TENSOR_PARALLEL.get(name, 1)
     return ModelParallelStrategy(
         data_parallel_size=PROCESSES // tensor_parallel_size, tensor_parallel_size=tensor_parallel_size,
         save_distributed_checkpoint=not whole, process_group_backend="gloo",
     )  # fmt: skip
+
+
+class FSDP1(FSDPStrategy):
+    """A class of its own is what Lightning allows on a CPU."""
+
+
+def zero_strategy(stage: int) -> Any:
+    import zero
+    from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
+
+    class OnCPU(DeepSpeedStrategy):
+        def setup_environment(self) -> None:
+            ParallelStrategy.setup_environment(self)  # without asking for CUDA
+
+    settings = zero.config(stage, offload=stage == 2)
+    del settings["train_micro_batch_size_per_gpu"], settings["gradient_clipping"]  # these are Lightning's business
+    return OnCPU(config=settings, process_group_backend="gloo")
+
+
+def assert_engine(name: str, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+    if name.startswith("zero"):
+        assert trainer.strategy.deepspeed_engine.zero_optimization_stage() == int(name[-1])
+        assert all(p.ndim == 1 for p in optimizer.state)
+        return
+    if name == "fsdp1":
+        assert isinstance(trainer.strategy.model, FullyShardedDataParallel)
+        assert all(p.ndim == 1 for p in optimizer.state)
+        return
+    parts = [isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"]]
+    assert isinstance(trainer.strategy, DDPStrategy if name == "ddp" else ModelParallelStrategy)
+    # Without FSDP2 around it, tensor parallelism leaves norms whole.
+    assert {"ddp": not any(parts), "tensor parallel": any(parts)}.get(name, all(parts))
 
 
 def fit(name: str, epochs: int, ours: bool = True, **options: Any) -> tuple[Trainer, dict[str, torch.Tensor]]:
@@ -72,13 +111,10 @@ def fit(name: str, epochs: int, ours: bool = True, **options: Any) -> tuple[Trai
     module = Module()
     processes = PROCESSES // TENSOR_PARALLEL.get(name, 1)  # those that have different data
     trainer.fit(module, DataLoader(list(IDS), batch_size=len(IDS) // processes), **options)
-    (optimizer,) = trainer.optimizers
+    (optimizer,) = (getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers)
     assert type(optimizer) is (AdamMini if ours else torch.optim.AdamW)
     assert trainer.global_step == epochs
-    parts = [isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"]]
-    assert isinstance(trainer.strategy, DDPStrategy if name == "ddp" else ModelParallelStrategy)
-    # Without FSDP2 around it, tensor parallelism leaves norms whole.
-    assert {"ddp": not any(parts), "tensor parallel": any(parts)}.get(name, all(parts))
+    assert_engine(name, trainer, optimizer)
     return trainer, workers.weights(module.model)
 
 

@@ -47,7 +47,6 @@ def stepped(model: nn.Module, optimizer: AdamMini) -> str:
 def figures() -> dict[str, str]:
     return {
         "flat, made after": message(lambda: AdamMini.for_model(fsdp1(False))),
-        "original, made after": message(lambda: AdamMini.for_model(fsdp1(True))),
         "flat, made before": made_before(False),
         "original, made before": made_before(True),
     }

@@ -17,10 +17,12 @@ import torch.distributed as dist
 import transformers
 import zoo
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from adam_mini_plugins import AdamMini, Partition, partition, sharding
+from adam_mini_plugins.blocks.whole import whole_shape
 from adam_mini_plugins.memory import measure
 
 STEPS = 5
@@ -71,13 +73,24 @@ def of_rank() -> slice:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from all processes."""
+    """A tensor put together from all processes; of parameters in DeepSpeed's hands the float32 values."""
+    if tensor.requires_grad and (hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer")):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(tensor).detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's whole weights, by their names in one process."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return weights(model.module)
     # DistributedDataParallel holds the model as a module of its own.
-    return {name.removeprefix("module."): whole(p).clone() for name, p in model.named_parameters()}
+    names = (
+        (name.replace("_fsdp_wrapped_module.", "").removeprefix("module."), p) for name, p in model.named_parameters()
+    )
+    return {name: whole(p).clone() for name, p in names}
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -93,6 +106,16 @@ def adam_mini(model: nn.Module, blocks: Partition | None = None) -> AdamMini:
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **OPTIONS)
+
+
+def decayed(model: nn.Module) -> list[dict[str, Any]]:
+    """The groups that trainers make: vectors without decay. An adapter has none."""
+    named = [(name, p, whole_shape(p)) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [(name, p) for name, p, shape in named if len(shape) > 1], "weight_decay": 0.1},
+        {"params": [(name, p) for name, p, shape in named if len(shape) == 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 MAKERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {"adam_mini": adam_mini, "adamw": adamw}
@@ -121,7 +144,7 @@ def compare(
 
     Args:
         build: Makes the model, always the same.
-        shard: Shards it in place, or returns what wraps it.
+        shard: Shards it in place, or returns it wrapped.
         part: This process's part of a batch.
         swap: Makes the optimizer before it is sharded.
         **options: For `train`.
@@ -152,6 +175,7 @@ def compare(
             figures["floats reduced"] = max(floats, default=0)
     parts = [p for p in sharded.parameters() if isinstance(p, DTensor)]
     figures["placements"] = sorted({str(tuple(p.placements)) for p in parts})
+    figures["flattened"] = sum(p.ndim < q.ndim for p, q in zip(sharded.parameters(), alone.parameters()))
     figures["empty parts"] = sum(not p.to_local().numel() for p in parts)
     figures["share"] = state_bytes["adam_mini"] / state_bytes["adamw"]
     return figures

@@ -1,0 +1,44 @@
+"""Training under FSDP1 with `use_orig_params=True` is training in one process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent / "engines"))
+
+from launch import launch
+
+pytestmark = pytest.mark.xdist_group("engines")  # one launch at a time
+
+CLOSE = 1e-6  # the largest difference of a parameter from one process, after 5 steps
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def figures(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return launch("native.py", request.param, "fsdp1")["fsdp1"]
+
+
+def test_training(figures: dict[str, Any]) -> None:
+    cases = {name: of_case for name, of_case in figures.items() if name != "resumed"}
+    assert {"llama", "cut", "tied", "conv1d"} <= set(cases)
+    for name, of_case in cases.items():
+        assert of_case["adam_mini"] <= CLOSE
+        assert of_case["adam_mini moved"] > 1e-3
+        assert of_case["adamw"] <= 1e-3
+        assert of_case["adamw moved"] > 1e-3
+        assert (of_case["flattened"] > 0) == (name != "not sharded")
+        # One all-reduce a step, if a block is cut at all.
+        calls = {"c10d.allreduce_": 1} if of_case["floats reduced"] else {}
+        assert of_case["adam_mini calls"][1:] == [calls] * 4
+    assert cases["llama"]["share"] <= 0.51
+
+
+def test_checkpoints(figures: dict[str, Any]) -> None:
+    assert sorted(figures["resumed"]) == ["full", "sharded"]
+    for of_kind in figures["resumed"].values():
+        assert of_kind["adamw"] == 0.0
+        assert of_kind["adam_mini"] == 0.0
