@@ -692,7 +692,7 @@ def momentum_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
 
 
 def _device_of_step(parameter: Tensor, group: dict[str, Any]) -> torch.device:
-    """Where the count of a parameter's steps is: on the CPU, as torch's, for reading it must not wait for a device."""
+    """Where the count of a parameter's steps is: as torch's on the CPU, so that reading it waits for no device."""
     return parameter.device if group["capturable"] else torch.device("cpu")
 
 

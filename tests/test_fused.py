@@ -7,7 +7,6 @@ import logging
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -36,11 +35,10 @@ def run(parameter: Tensor, layout: Layout, grads: list[Tensor], **options) -> tu
 
 
 @pytest.fixture
-def small_tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts tensors of a few elements as those of millions are cut."""
     monkeypatch.setattr(cpu, "_TASK", 8)
     monkeypatch.setattr(cpu, "_LONG", 12)
-    yield
 
 
 @needs_kernel
@@ -128,7 +126,7 @@ def test_low_precision_rounds_the_float32_result_once(name: str, dtype: torch.dt
     result, optimizer = run(parameter, layout, grads, fused=True, state_dtype=state_dtype)
     expected = expected_of(parameter.detach(), grads, layout)
     assert ((result.double() - expected).abs() <= ROUNDING[dtype] * expected.abs() * (1 + 1e-3) + 1e-6).all()
-    eager, of_eager = run(parameter, layout, grads, fused=False, state_dtype=state_dtype)
+    _, of_eager = run(parameter, layout, grads, fused=False, state_dtype=state_dtype)
     mine, theirs = optimizer.state_dict()["state"][0], of_eager.state_dict()["state"][0]
     assert mine["exp_avg"].dtype == theirs["exp_avg"].dtype
     torch.testing.assert_close(mine["exp_avg"], theirs["exp_avg"], rtol=2 * ROUNDING[dtype] * 2, atol=1e-6)
@@ -171,7 +169,7 @@ def test_odd_addresses_and_empty_tensors() -> None:
         assert (
             (parameter.detach().double() - expected).abs() <= ROUNDING.get(dtype, 1e-6) * expected.abs() + 1e-6
         ).all()
-    result, optimizer = run(torch.empty(0, 5), Layout.each_row(0), [torch.empty(0, 5)], fused=True)
+    result, _ = run(torch.empty(0, 5), Layout.each_row(0), [torch.empty(0, 5)], fused=True)
     assert result.shape == (0, 5)
 
 
@@ -338,7 +336,7 @@ def test_without_the_library_one_line_says_so(
         (record,) = (record for record in caplog.records if record.name == cpu.__name__)
         assert "without its fused kernel (it was not built" in record.getMessage()
         assert result.equal(run(parameter, Layout.each_row(6), grads, fused=False)[0])
-        with pytest.raises(RuntimeError, match="no fused kernel can update weight: .* not built: reinstall"):
+        with pytest.raises(RuntimeError, match=r"no fused kernel can update weight: .* not built: reinstall"):
             run(parameter, Layout.each_row(6), grads, fused=True)
     finally:
         cpu.library.cache_clear()
@@ -375,7 +373,7 @@ def test_states_older_than_the_options_load() -> None:
     old = optimizer.state_dict()
     for option in ("fused", "stochastic_rounding", "seed", "capturable"):
         del old["param_groups"][0][option]
-    mine, other = run(parameter, Layout.each_row(6), grads[:1], fused=False, stochastic_rounding=True, seed=7)
+    _, other = run(parameter, Layout.each_row(6), grads[:1], fused=False, stochastic_rounding=True, seed=7)
     other.load_state_dict(old)
     group = other.param_groups[0]
     assert (group["fused"], group["stochastic_rounding"], group["seed"], group["capturable"]) == (False, True, 7, False)
