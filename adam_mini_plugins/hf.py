@@ -26,7 +26,10 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 NAME = "adam_mini"
-OPTIONS = ("scheme", "value", "state_dtype", "in_backward")
+_OF_PARTITION = ("scheme", "value")
+OPTIONS = (*_OF_PARTITION, "state_dtype", "fused", "stochastic_rounding", "seed", "in_backward")
+_TRUTHS: dict[str, bool | None] = {"true": True, "false": False}
+_VALUES = {"fused": {**_TRUTHS, "none": None}, "stochastic_rounding": _TRUTHS, "in_backward": _TRUTHS}
 
 
 def register() -> None:
@@ -79,27 +82,39 @@ def _adam_mini(context: Any) -> tuple[type[AdamMini], dict[str, Any]]:
             f'optim_args has {", ".join(map(repr, unknown))}, which optim="adam_mini" does not know; '
             f'it knows {", ".join(OPTIONS)}, as in optim_args="value=whole,state_dtype=bfloat16"'
         )
-    options = dict(context.optim_args)
-    state_dtype = options.pop("state_dtype", None)
-    in_backward = _switch("in_backward", options.pop("in_backward", "false"))
+    options = {name: _read(name, given) for name, given in context.optim_args.items()}
+    in_backward = options.pop("in_backward", False)
     if in_backward:
         _check_in_backward(context.args)
     trainable_parameters(context.model)  # raises if there are none, where others would train nothing
-    blocks = partition(context.model, **options)
+    blocks = partition(context.model, **{name: options.pop(name) for name in _OF_PARTITION if name in options})
     logger.info("%r", blocks)
     return AdamMiniInBackward if in_backward else AdamMini, {
         **context.optimizer_kwargs,
         **context.adam_kwargs,
         "partition": blocks,
-        "state_dtype": state_dtype,
+        **options,
     }
 
 
-def _switch(option: str, text: str) -> bool:
-    """An option that is on or off."""
-    if text.lower() not in ("true", "false"):
-        raise ValueError(f"optim_args has {option}={text}, which must be true or false")
-    return text.lower() == "true"
+def _read(name: str, given: str) -> Any:
+    """The value of an option of AdamMini's or of its partition, which transformers hands on as text.
+
+    Raises:
+        ValueError: It is not what the option takes.
+    """
+    values = _VALUES.get(name)
+    text = str(given).strip().lower()
+    if values is not None:
+        if text not in values:
+            raise ValueError(f"optim_args has {name}={given}, and {name} is one of {', '.join(values)}")
+        return values[text]
+    if name == "seed":
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError(f"optim_args has seed={given}, and seed is a whole number") from None
+    return given
 
 
 def _check_in_backward(args: Any) -> None:

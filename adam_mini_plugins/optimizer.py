@@ -316,21 +316,29 @@ class AdamMini(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state that :meth:`state_dict` returned.
 
+        How steps are computed (``fused``, ``capturable``) stays as this optimizer was built.
+
         Raises:
             ValueError: The state is another optimizer's, was made with other blocks, or doesn't fit
                 a parameter. The optimizer is as it was.
         """
         accepted: dict[str, Any] = {}
+        own = [{key: group[key] for key in ("fused", "capturable")} for group in self.param_groups]
 
         def check(_: Optimizer, given: dict[str, Any]) -> None:
             self._check_state_dict(given)
             accepted.update(given)
 
+        def restore(_: Optimizer) -> None:
+            for group, options in zip(self.param_groups, own):
+                group.update(options)
+            self._restore_dtypes(accepted)
+
         # torch casts all state to the parameter's dtype on the way in; take ours from the source.
         # Hooks, so that the check comes after a user's own and the cast before them.
         handles = (
             self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(accepted), prepend=True),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
         )
         try:
             super().load_state_dict(state_dict)

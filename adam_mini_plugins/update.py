@@ -175,10 +175,9 @@ def _descend(param: Tensor, grad: Tensor, exp_avg: Tensor, denominator: Tensor, 
     """Updates momentum and parameter in the denominator's dtype."""
     dtype = denominator.dtype
     # Where the dtypes are alike, to() gives back the tensor itself and copy_() onto itself does nothing.
-    p, g, m = param.to(dtype), grad.to(dtype), exp_avg.to(dtype)
-    m.lerp_(-g if rates.maximize else g, 1 - rates.beta1)
-    p.mul_(rates.decay).addcdiv_(m, denominator, value=-1)
+    m = exp_avg.to(dtype).lerp_((-grad if rates.maximize else grad).to(dtype), 1 - rates.beta1)
     exp_avg.copy_(m)
+    p = param.to(dtype).mul_(rates.decay).addcdiv_(m, denominator, value=-1)
     if rates.rounding_key is None:
         param.copy_(p)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import subprocess
 import sys
 import venv
@@ -97,6 +98,8 @@ def test_a_wheel_holds_everything(tmp_path: Path) -> None:
     sources = {p.relative_to(ROOT / "adam_mini_plugins") for p in (ROOT / "adam_mini_plugins").rglob("*.py")}
     assert packaged == sources | {p.relative_to(ROOT) for p in (ROOT / "callbacks").rglob("*.py")}
     assert (package / "py.typed").exists()
+    # As here: the kernel is there where a compiler is.
+    assert bool(list((package / "kernels").glob("_cpu*"))) == (shutil.which("cc") is not None)
     files = imported_from(tmp_path / "site", within=tmp_path)
     assert files == [package / "callbacks" / "hf.py", package / "callbacks" / "lightning.py"]
 

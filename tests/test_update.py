@@ -67,16 +67,17 @@ def case(shape: tuple[int, ...], steps: int = 4, dtype: torch.dtype = torch.floa
     return parameter, grads
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_kind_of_block_follows_the_paper(name: str, maximize: bool) -> None:
+def test_every_kind_of_block_follows_the_paper(name: str, maximize: bool, fused: bool | None) -> None:
     shape, layout = LAYOUTS[name]
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
         parameter, grads = case(shape, dtype=dtype)
         expected = adam_mini_reference(
             parameter.detach(), grads, layout.block_index(shape), maximize=maximize, **OPTIONS
         )
-        result = trained(parameter, layout, grads, maximize=maximize)
+        result = trained(parameter, layout, grads, maximize=maximize, fused=fused)
         torch.testing.assert_close(result.detach().double(), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -94,25 +95,26 @@ def test_any_layout_follows_the_paper(layout: Layout, steps: int) -> None:
 def test_cutting_tensors_into_chunks_changes_nothing(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, layout = LAYOUTS[name]
     parameter, grads = case(shape)
-    whole = trained(torch.nn.Parameter(parameter.detach().clone()), layout, grads)
+    whole = trained(torch.nn.Parameter(parameter.detach().clone()), layout, grads, fused=False)
     monkeypatch.setattr(update_module, "_CHUNK_CPU", limit)
-    torch.testing.assert_close(trained(parameter, layout, grads), whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(trained(parameter, layout, grads, fused=False), whole, rtol=1e-6, atol=1e-6)
 
 
 # One rounding of the parameter a step: half a unit in the last place, in steps of this size.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("state_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_low_precision_rounds_the_float32_result_once(
-    name: str, dtype: torch.dtype, state_dtype: torch.dtype | None
+    name: str, dtype: torch.dtype, state_dtype: torch.dtype | None, fused: bool | None
 ) -> None:
     shape, layout = LAYOUTS[name]
     parameter, grads = case(shape, steps=1, dtype=dtype)
     expected = adam_mini_reference(parameter.detach(), grads, layout.block_index(shape), **OPTIONS)
-    result = trained(parameter, layout, grads, state_dtype=state_dtype)
+    result = trained(parameter, layout, grads, state_dtype=state_dtype, fused=fused)
     assert result.dtype == dtype
     # float32 may fall on the other side of a tie; all but those must be the nearest number there is.
     error = (result.detach().double() - expected).abs()
@@ -175,13 +177,14 @@ def allocated_bytes(function: Callable[[], None]) -> int:
     return peak
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", ["neuron", "tensor", "64 heads"])
-def test_a_step_makes_no_temporary_of_the_parameters_size(rule: str, dtype: torch.dtype) -> None:
+def test_a_step_makes_no_temporary_of_the_parameters_size(rule: str, dtype: torch.dtype, fused: bool | None) -> None:
     model = torch.nn.Linear(4096, 4096, bias=False).to(dtype)
-    optimizer = AdamMini(model.named_parameters(), partition=partition(model, rules=[("weight", rule)]))
+    optimizer = AdamMini(model.named_parameters(), partition=partition(model, rules=[("weight", rule)]), fused=fused)
     model.weight.grad = torch.randn_like(model.weight)
     optimizer.step()
-    # 32 MB in bfloat16, of which chunks of a million elements are held in float32: p, g and m.
-    allowed = 2**20 if dtype == torch.float32 else 3 * 4 * update_module._CHUNK_CPU + 2**20
-    assert 0 < allocated_bytes(optimizer.step) <= allowed
+    # In float32 under 1% of the weights; in bfloat16 chunks of p, g and m in float32, whatever the weights' size.
+    allowed = 640_000 if dtype == torch.float32 else 3 * 4 * update_module._CHUNK_CPU + 2**17
+    assert allocated_bytes(optimizer.step) <= allowed

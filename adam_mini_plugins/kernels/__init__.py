@@ -76,6 +76,7 @@ class Plan:
             all(len(a) == len(b) and all(map(is_, a, b)) for a, b in (*pairs, (then.state_steps, now.state_steps)))
             and then.layouts == now.layouts
             and _facts(members) == self._facts
+            and (self._table is None or self._table.stands())
         )
 
     def step(self, members: Members, *, lr: float | Tensor, capturable: bool, **rates: Any) -> None:
@@ -116,14 +117,10 @@ def _way_of(member: Members) -> tuple[ModuleType, str]:
 
 
 def _facts(members: Members) -> list[Any]:
-    """What else the way of a tensor hangs on, besides which tensor it is: it can change under the same object."""
-    tensors = [*members.params, *members.grads, *members.exp_avgs, *members.exp_avg_sqs]
+    """What the way of a tensor hangs on that can change under the same object, or with a new gradient."""
     return [
-        [means is None for means in members.block_means],
-        [t.dtype for t in tensors],
-        [t.device for t in tensors],
-        [t.layout for t in tensors],
-        [t.shape for t in tensors],
+        [p.dtype for p in members.params],
+        [g.dtype for g in members.grads],
         # Of a sparse tensor nothing like it can be told.
-        [t.layout is torch.strided and t.is_contiguous() for t in tensors],
+        [g.layout is torch.strided and g.is_contiguous() for g in members.grads],
     ]

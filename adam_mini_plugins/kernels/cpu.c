@@ -11,23 +11,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
-#define NEXT(counter) __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED)
-#else
-#define INLINE static inline
-#define NEXT(counter) (*(counter))++ /* without GNU's atomics cpu.py runs one thread */
-#endif
-
-/* Wider registers where the machine has them, chosen when the library is loaded. Without fused multiply-add, so
- * that machines agree to the bit. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GLIBC__) && defined(__GNUC__)
-#define CLONED __attribute__((target_clones("default", "avx2")))
-#else
-#define CLONED
-#endif
 
 #define TILE 1024
+#define SHORT 64
 
 enum { FLOAT32, BFLOAT16, FLOAT16, BFLOAT16_STOCHASTIC };
 
@@ -142,13 +129,28 @@ INLINE void store(uintptr_t address, int64_t kind, int64_t start, int64_t n, con
 
 /* The arithmetic. */
 
+/* In float32 as far as it loses nothing that counts, a few squares a lane, and from there in float64. */
 INLINE double sum_of_squares(const float *g, int64_t n) {
-    double part[8] = {0}, total = 0;
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        for (int j = 0; j < 8; j++) part[j] += (double)g[i + j] * g[i + j];
-    for (; i < n; i++) total += (double)g[i] * g[i];
-    return total + ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+    double total = 0;
+    while (n > 0) {
+        const int64_t count = n < 256 ? n : 256;
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t i = 0; i < count; i++) part += g[i] * g[i];
+        total += part;
+        g += count;
+        n -= count;
+    }
+    return total;
+}
+
+INLINE float sum_of_few(const float *g, int64_t n) {
+    float even = 0, odd = 0;
+    for (int64_t i = 0; i + 1 < n; i += 2) {
+        even += g[i] * g[i];
+        odd += g[i + 1] * g[i + 1];
+    }
+    return even + odd + (n % 2 ? g[n - 1] * g[n - 1] : 0);
 }
 
 INLINE double sum_over(const Step *s, int64_t t, int64_t start, int64_t n) {
@@ -169,7 +171,7 @@ INLINE float scale_of(float v, float step_size, float correction, float eps) {
 
 /* One tile: its elements as float32, in place or in buffers. */
 typedef struct {
-    float *p, *g, *m, buffers[3][TILE];
+    float *p, *g, *m, buffers[3][TILE + 48];
 } Tile;
 
 INLINE void open_tile(Tile *tile, const Step *s, int64_t t, int64_t start, int64_t n) {
@@ -196,14 +198,13 @@ INLINE void descend(const Step *s, float *restrict p, const float *restrict g, f
     }
 }
 
-INLINE void descend_by_element(const Step *s, int64_t t, float *restrict p, const float *restrict g,
-                               float *restrict m, const float *restrict v, int64_t n) {
+INLINE void descend_by_element(const Step *s, float *restrict p, const float *restrict g, float *restrict m,
+                               const float *restrict scales, int64_t n) {
     const float sign = s->maximize ? -1.0f : 1.0f, decay = (float)(1 - s->lr * s->weight_decay);
-    const float weight = (float)(1 - s->beta1), rest = (float)s->beta1, eps = (float)s->eps;
-    const float step_size = s->rates[t].step_size, correction = s->rates[t].root_correction;
+    const float weight = (float)(1 - s->beta1), rest = (float)s->beta1;
     for (int64_t i = 0; i < n; i++) {
         m[i] = AVERAGED(m[i], sign * g[i]);
-        p[i] = decay * p[i] - scale_of(v[i], step_size, correction, eps) * m[i];
+        p[i] = decay * p[i] - scales[i] * m[i];
     }
 }
 
@@ -213,6 +214,28 @@ INLINE void blocks(const Step *s, const Task *task, int given) {
     const float step_size = s->rates[t].step_size, correction = s->rates[t].root_correction, eps = (float)s->eps;
     float *v = (float *)s->exp_avg_sqs[t] + task->row;
     Tile tile;
+    if (length < SHORT) { /* loops over so few elements would cost more than what they do */
+        const int64_t at_once = TILE / length;
+        float scales[TILE], of_elements[TILE];
+        for (int64_t first = 0; first < task->blocks; first += at_once) {
+            const int64_t count = task->blocks - first < at_once ? task->blocks - first : at_once;
+            const int64_t start = task->start + first * length;
+            float *of_rows = v + first * task->size;
+            open_tile(&tile, s, t, start, count * length);
+            for (int64_t b = 0; b < count; b++) {
+                const float old = of_rows[b * task->size];
+                scales[b] = given ? old : moved(s, old, sum_of_few(tile.g + b * length, length) / (double)length);
+                if (!given)
+                    for (int64_t row = 0; row < task->size; row++) of_rows[b * task->size + row] = scales[b];
+            }
+            for (int64_t b = 0; b < count; b++) scales[b] = scale_of(scales[b], step_size, correction, eps);
+            for (int64_t b = 0; b < count; b++)
+                for (int64_t i = 0; i < length; i++) of_elements[b * length + i] = scales[b];
+            descend_by_element(s, tile.p, tile.g, tile.m, of_elements, count * length);
+            close_tile(&tile, s, t, start, count * length);
+        }
+        return;
+    }
     if (length <= TILE) { /* whole blocks, as many as go into a tile */
         const int64_t at_once = TILE / length;
         for (int64_t first = 0; first < task->blocks; first += at_once) {
@@ -250,6 +273,8 @@ INLINE void blocks(const Step *s, const Task *task, int given) {
 
 INLINE void columns(const Step *s, const Task *task, int given) {
     const int64_t t = task->tensor, length = task->columns;
+    const float step_size = s->rates[t].step_size, correction = s->rates[t].root_correction, eps = (float)s->eps;
+    float scales[TILE];
     Tile tile;
     for (int64_t row = 0; row < task->blocks; row++)
         for (int64_t column = 0; column < length; column += TILE) {
@@ -262,15 +287,16 @@ INLINE void columns(const Step *s, const Task *task, int given) {
                 const float *g = tile.g;
                 for (int64_t i = 0; i < count; i++) v[i] = beta2 * v[i] + rest * (g[i] * g[i]);
             }
-            descend_by_element(s, t, tile.p, tile.g, tile.m, v, count);
+            for (int64_t i = 0; i < count; i++) scales[i] = scale_of(v[i], step_size, correction, eps);
+            descend_by_element(s, tile.p, tile.g, tile.m, scales, count);
             close_tile(&tile, s, t, start, count);
         }
 }
 
 /* The tasks of one phase, taken by whatever thread is free. */
-CLONED static void work_through(Work *work) {
+INLINE void work_through(Work *work) {
     const Step *s = work->step;
-    for (int64_t i = NEXT(&work->next); i < work->count; i = NEXT(&work->next)) {
+    for (int64_t i; (i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->count;) {
         const Task *task = work->tasks + i;
         switch (task->kind) {
         case BLOCKS: blocks(s, task, 0); break;
@@ -282,20 +308,30 @@ CLONED static void work_through(Work *work) {
     }
 }
 
-static void enter(void *work) { work_through((Work *)work); }
+/* The same for each width of registers. Without fused multiply-add, which rounds otherwise. */
+typedef void Version(void *);
+static void plain(void *work) { work_through(work); }
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) static void avx2(void *work) { work_through(work); }
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) static void avx512(void *work) { work_through(work); }
+static Version *widest(void) {
+#define HAS __builtin_cpu_supports
+    if (HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq")) return avx512;
+    return HAS("avx2") ? avx2 : plain;
+}
+#else
+static Version *widest(void) { return plain; }
+#endif
 
 static void run(const Step *s, const Task *tasks, int64_t count, unsigned threads, Parallel parallel) {
     Work work = {s, tasks, count, 0};
     if (parallel && threads > 1 && count > 1)
-        parallel(enter, &work, (int64_t)threads < count ? threads : (unsigned)count, 0);
+        parallel(widest(), &work, (int64_t)threads < count ? threads : (unsigned)count, 0);
     else
-        work_through(&work);
+        widest()(&work);
 }
 
 /* One step of all tensors. `parallel` runs a function in that many threads of torch's own OpenMP; or is null. */
-#if defined(_WIN32)
-__declspec(dllexport)
-#endif
 void adam_mini_step(const Step *s, unsigned threads, Parallel parallel) {
     double taken = -1;
     Rates rates = {0};

@@ -146,6 +146,7 @@ class Table:
     ) -> None:
         self._layouts, self._exp_avg_sqs = layouts, exp_avg_sqs
         self._written = [*params, *exp_avgs, *exp_avg_sqs, *state_steps]
+        self._lasting = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": state_steps}
         kinds, work = array("q"), _Work()
         # The means of these come from outside, or from torch.
         self._indirect = []
@@ -154,21 +155,24 @@ class Table:
             kinds.extend((kind, _KINDS[g.dtype], _KINDS[m.dtype], seeds[number] if seeds else 0))
             if p.numel() and work.add(number, layout, p.shape, means is not None):
                 self._indirect.append(number)
-        self._buffers = [
-            *(_addresses(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, state_steps)),
-            kinds,
-            array("I", bytes(12 * len(params))),
-            *work.phases,
-        ]
-        self._partial = array("d", bytes(8 * work.slots))
-        self._call = _Step()
-        self._call.tensors = len(params)
-        names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "kinds", "rates", "sums", "moments", "updates")
-        for name, buffer in zip(names, self._buffers):
+        self._call = _Step(tensors=len(params))
+        # The call holds their addresses, which keeps nothing alive.
+        self._addresses = {name: _addresses(tensors) for name, tensors in self._lasting.items()}
+        self._buffers = {
+            **self._addresses,
+            "kinds": kinds,
+            "rates": array("I", bytes(12 * len(params))),
+            **work.phases,
+            "partial": array("d", bytes(8 * work.slots)),
+        }
+        for name, buffer in self._buffers.items():
             setattr(self._call, name, buffer.buffer_info()[0])
-        for name, phase in zip(("num_sums", "num_moments", "num_updates"), work.phases):
-            setattr(self._call, name, len(phase) // 8)
-        self._call.partial = self._partial.buffer_info()[0]
+        for name, phase in work.phases.items():
+            setattr(self._call, f"num_{name}", len(phase) // 8)
+
+    def stands(self) -> bool:
+        """Whether the tensors are where they were: their memory may be another's under the same object."""
+        return all(_addresses(tensors) == self._addresses[name] for name, tensors in self._lasting.items())
 
     def step(
         self,
@@ -197,7 +201,8 @@ class Table:
         for number in self._indirect:
             means, v = block_means[number], self._exp_avg_sqs[number]
             average(v, block_means_of(grads[number], self._layouts[number], v) if means is None else means, beta2)
-        call, addresses = self._call, _addresses(grads)
+        call = self._call
+        addresses = _addresses(grads)
         call.grads = addresses.buffer_info()[0]
         call.lr, call.beta1, call.beta2, call.weight_decay, call.eps = lr, beta1, beta2, weight_decay, eps
         call.maximize = maximize
@@ -215,7 +220,8 @@ class _Work:
     """The tasks of a step: sums of parts of long blocks, then their second moments, then all updates."""
 
     def __init__(self) -> None:
-        self.phases = self.sums, self.moments, self.updates = array("q"), array("q"), array("q")
+        self.sums, self.moments, self.updates = array("q"), array("q"), array("q")
+        self.phases = {"sums": self.sums, "moments": self.moments, "updates": self.updates}
         self.slots = 0
 
     def add(self, number: int, layout: Layout, shape: Sequence[int], given: bool) -> bool:
