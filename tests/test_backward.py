@@ -259,7 +259,10 @@ def test_a_trainers_run_is_the_ordinary_one_and_resumes(tmp_path: Path) -> None:
     [
         ({}, "does not go with max_grad_norm=1.0: .* set max_grad_norm=0"),
         ({"max_grad_norm": 0.0, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2.*steps=1, or leave"),
-        ({"max_grad_norm": 0.0, "optim_args": "in_backward=yes"}, "in_backward=yes, which must be true or false"),
+        (
+            {"max_grad_norm": 0.0, "optim_args": "in_backward=yes"},
+            "in_backward=yes, and in_backward is one of true, false",
+        ),
     ],
 )
 def test_a_trainer_that_wants_gradients_later_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
