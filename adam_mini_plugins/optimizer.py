@@ -666,7 +666,7 @@ def _check_number(name: str, number: Any, limit: float = math.inf) -> None:
         raise TypeError(f"{name} must be a number, got {number!r}")
     if isinstance(number, Tensor) and number.numel() != 1:
         raise ValueError(f"{name} as a tensor must have one element, got shape {tuple(number.shape)}")
-    if not 0.0 <= number < limit:
+    if not 0.0 <= float(number) < limit:
         allowed = "0 or more" if limit == math.inf else f"at least 0 and less than {limit:g}"
         raise ValueError(f"{name} must be {'finite' if number == math.inf else allowed}, got {number}")
 
