@@ -42,6 +42,7 @@ _WORDS: dict[str, frozenset[str]] = {
 }
 _BY_ROW = ("embd_names", "output_names", "wv_names", "mlp_names", "attn_proj_names")
 _QUERY, _KEY = ("q_proj", "wq", "query"), ("k_proj", "wk", "key")
+_GUESSED = "published"  # the scheme of a partition by names
 _UNDECAYED = ("norm", "ln", "bias")
 
 
@@ -110,9 +111,8 @@ class Adam_mini(AdamMini):  # noqa: N801 (the published name)
             for name, parameter in members
         ]
         super().__init__(groups, lr, betas, eps, weight_decay, partition=blocks)
-        if model is None:
-            self._guess_again = self.register_step_pre_hook(Adam_mini._with_words_added)
-        else:
+        self.register_step_pre_hook(Adam_mini._with_words_added)
+        if model is not None:
             _warn(self._differences(members), "AdamMini takes the model's blocks, and the published package others")
         if verbose:
             logger.info("%s", self.partition)
@@ -123,6 +123,7 @@ class Adam_mini(AdamMini):  # noqa: N801 (the published name)
         Raises:
             ValueError: It doesn't fit. The optimizer is as it was.
         """
+        self._with_words_added()
         published = all("beta1" in group for group in state_dict["param_groups"])
         super().load_state_dict(self._converted(state_dict) if published else state_dict)
 
@@ -163,12 +164,12 @@ class Adam_mini(AdamMini):  # noqa: N801 (the published name)
             if heads != layout.num_blocks and not (_has(name.lower(), _QUERY) and _has(name.lower(), _KEY)):
                 doubts.append((name, f"{layout.num_blocks} heads by dim={self.dim}, where {heads} were said"))
         _warn(doubts, "the blocks guessed contradict n_heads or n_kv_heads; model=model takes the model's")
-        return Partition("published", entries, {parameter: [name] for name, parameter in members}, {})
+        return Partition(_GUESSED, entries, {parameter: [name] for name, parameter in members}, {})
 
     def _with_words_added(self, *_: Any) -> None:
-        """Before the first step: the blocks by the words that a script has added to the sets."""
-        self._guess_again.remove()
-        if any(getattr(self, attribute) != words for attribute, words in _WORDS.items()):
+        """Until there is a state: the blocks by the words that a script has added to the sets."""
+        guessed = self.partition.scheme == _GUESSED and not self.state
+        if guessed and any(getattr(self, attribute) != words for attribute, words in _WORDS.items()):
             pairs = ((group["param_names"][0], group["params"][0]) for group in self.param_groups)
             self.repartition(self._guessed(list(pairs)))
 

@@ -168,12 +168,18 @@ def test_words_that_a_script_adds_count_before_the_first_step() -> None:
         members = named()
         optimizer = cls(members, lr=0.1, verbose=False)
         optimizer.mlp_names.add("up")
+        seen: list[int] = []
+        optimizer.register_step_pre_hook(lambda *_, seen=seen: seen.append(1))
         for seed in (1, 2, 3):
             generator = torch.Generator().manual_seed(seed)
             for _, p in members:
                 p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()
+        assert len(seen) == 3
         results.append([p for _, p in members])
+    again = Adam_mini(named(), verbose=False)
+    again.mlp_names.add("up")
+    again.load_state_dict(optimizer.state_dict())
     assert optimizer.param_groups[0]["blocks"] == [str(Layout.each_row(4))]
     assert optimizer.param_groups[1]["blocks"] == [str(Layout.whole(3))]
     for p, q in zip(*results):

@@ -429,4 +429,4 @@ def test_other_models_go_there_and_back(name: str) -> None:
 def test_sharded_parameters_are_converted_as_whole_ones_are() -> None:
     figures = launch("native.py", 2, "change_of_mind")["change_of_mind"]
     assert figures["weights"] <= 2e-6
-    assert figures["moments"] <= 1e-6
+    assert figures["moments"] <= 1e-4  # of the largest

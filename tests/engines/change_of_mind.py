@@ -32,4 +32,8 @@ def figures() -> dict[str, float]:
     model = workers.cut_llama(num_hidden_layers=1)
     shard(model)
     cut_weights, cut_moments = changed(model, workers.of_rank())
-    return {"weights": workers.distance(weights, cut_weights), "moments": workers.distance(moments, cut_moments)}
+    largest = max(float(moment.max()) for moment in moments.values())
+    return {
+        "weights": workers.distance(weights, cut_weights),
+        "moments": workers.distance(moments, cut_moments) / largest,
+    }
