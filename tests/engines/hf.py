@@ -53,6 +53,7 @@ def arguments(folder: str, cls: type = TrainingArguments, **options: Any) -> Any
     if ENGINE.startswith("zero"):
         import zero  # noqa: F401  (DeepSpeed, set up for a CPU)
 
+        AcceleratorState._reset_state()  # which holds the config of the trainer before
         defaults["deepspeed"] = deepspeed_guide.config(int(ENGINE[-1]))
     if ENGINE.startswith("fsdp"):
         defaults |= {
@@ -189,7 +190,6 @@ def set_up() -> None:
         kind = DistributedType.DEEPSPEED if ENGINE.startswith("zero") else DistributedType.MULTI_GPU
         state._shared_state["distributed_type"] = kind
         state._shared_state["device"] = torch.device("cpu")
-    AcceleratorState._reset_state()
 
 
 main()

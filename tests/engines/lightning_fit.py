@@ -72,7 +72,10 @@ def zero_strategy(stage: int) -> Any:
 
     class OnCPU(DeepSpeedStrategy):
         def setup_environment(self) -> None:
-            ParallelStrategy.setup_environment(self)  # without asking for CUDA
+            """As it is done there, but for the demand that devices are CUDA's."""
+            ParallelStrategy.setup_environment(self)
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
 
     settings = zero.config(stage, offload=stage == 2)
     del settings["train_micro_batch_size_per_gpu"], settings["gradient_clipping"]  # these are Lightning's business
