@@ -71,6 +71,10 @@ def zero_strategy(stage: int) -> Any:
     from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 
     class OnCPU(DeepSpeedStrategy):
+        @property
+        def root_device(self) -> torch.device:
+            return torch.device("cpu", 0)  # DeepSpeed wants a number
+
         def setup_environment(self) -> None:
             """As it is done there, but for the demand that devices are CUDA's."""
             ParallelStrategy.setup_environment(self)
