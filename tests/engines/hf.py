@@ -27,6 +27,8 @@ from adam_mini_plugins import AdamMini
 
 ENGINE = ""  # the one at work, of those that are passed
 OUTPUT = Path(os.environ["CHECKPOINTS"])
+# Processes have the same weights from the start here, and need no GPU to get them from one another.
+IN_FSDP1 = {"use_orig_params": True, "sync_module_states": False, "cpu_ram_efficient_loading": False}
 IDS = workers.batches(1)[0]  # each step sees all of it, in whatever order
 DATA = [{"input_ids": ids, "labels": ids} for ids in IDS]
 
@@ -60,7 +62,7 @@ def arguments(folder: str, cls: type = TrainingArguments, **options: Any) -> Any
             "fsdp": True,
             "fsdp_config": {
                 "version": int(ENGINE[-1]),
-                "use_orig_params": True,
+                **(IN_FSDP1 if ENGINE == "fsdp1" else {}),
                 "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
                 "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
                 "state_dict_type": options.pop("state_dict_type", "FULL_STATE_DICT"),
