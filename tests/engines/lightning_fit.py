@@ -108,6 +108,8 @@ def fit(name: str, epochs: int, ours: bool = True, **options: Any) -> tuple[Trai
         callbacks=[AdamMiniOptimizer()] if ours else [],
     )  # fmt: skip
     module = Module()
+    if name.startswith("zero"):  # ZeRO-3 would cut it as it is made, which transformers' initialisation does not allow
+        module.model = workers.cut_llama(num_hidden_layers=1, use_cache=False)
     trainer.fit(module, DataLoader(list(IDS), batch_size=len(IDS) // PROCESSES), **options)
     (optimizer,) = (getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers)
     assert type(optimizer) is (AdamMini if ours else torch.optim.AdamW)

@@ -79,9 +79,9 @@ def whole(tensor: Tensor) -> Tensor:
 
         return safe_get_full_fp32_param(tensor).detach()
     if hasattr(tensor, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([tensor]):
+        with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
