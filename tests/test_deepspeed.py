@@ -43,10 +43,11 @@ def test_every_stage(processes: int, on_2: dict[str, Any], on_3: dict[str, Any])
     figures = {2: on_2, 3: on_3}[processes]
     cases = {name: of_case for name, of_case in figures.items() if name != "refused"}
     assert len(cases) == {2: 17, 3: 14}[processes]
-    for of_case in cases.values():
+    for name, of_case in cases.items():
         near(of_case)
         assert of_case["steps"] == [5.0]  # of each flat tensor, however often step() is called
-        assert of_case["share"] == of_case["as measured"]
+        if "empty" not in name:  # AdamW keeps state for what pads a process's share
+            assert of_case["share"] == of_case["as measured"]
     for name in ("2", "3"):
         assert cases[name]["share"] <= 0.51
     assert cases["3, sub-groups, offload"]["flat tensors"] > 5
