@@ -407,7 +407,7 @@ class AdamMini(Optimizer):
             states = [self.state.get(p) for p in group["params"] if p.grad is not None]
             if not all(states):
                 return None
-            members = _members(group, states)
+            members = _members(group, cast(list[dict[str, Tensor]], states))
             if not plan.holds(members):
                 return None
             found.append((group, plan, members))

@@ -56,7 +56,7 @@ def round_stochastically_(target: Tensor, values: Tensor, places: Tensor, key: i
             strides say where in the whole the values lie.
         key: Of :func:`key_of_step`.
     """
-    index = torch.full((), places.storage_offset(), dtype=torch.int64, device=values.device)
+    index = torch.full((), int(places.storage_offset()), dtype=torch.int64, device=values.device)
     for axis, (size, stride) in enumerate(zip(places.shape, places.stride())):
         along = torch.arange(0, size * stride, stride, device=values.device)
         index = index + along.view([-1 if i == axis else 1 for i in range(places.dim())])

@@ -43,10 +43,11 @@ def test_every_stage(processes: int, on_2: dict[str, Any], on_3: dict[str, Any])
     figures = {2: on_2, 3: on_3}[processes]
     cases = {name: of_case for name, of_case in figures.items() if name != "refused"}
     assert len(cases) == {2: 17, 3: 14}[processes]
-    for of_case in cases.values():
+    for name, of_case in cases.items():
         near(of_case)
         assert of_case["steps"] == [5.0]  # of each flat tensor, however often step() is called
-        assert of_case["share"] == of_case["as measured"]
+        if "empty" not in name:  # AdamW keeps state for what pads a process's share
+            assert of_case["share"] == of_case["as measured"]
     for name in ("2", "3"):
         assert cases[name]["share"] <= 0.51
     assert cases["3, sub-groups, offload"]["flat tensors"] > 5
@@ -79,10 +80,9 @@ def test_transformers_and_trl(tmp_path: Path) -> None:
         assert of_stage["resumed"] == {"plain": 0.0}
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_lightning(processes: int, tmp_path: Path) -> None:
+def test_lightning(tmp_path: Path) -> None:
     names = ("zero 2", "zero 3")
-    figures = launch("lightning_fit.py", processes, *names, CHECKPOINTS=str(tmp_path), DS_ACCELERATOR="cpu")
+    figures = launch("lightning_fit.py", 2, *names, CHECKPOINTS=str(tmp_path), DS_ACCELERATOR="cpu")
     assert sorted(figures) == sorted(names)
     for of_stage in figures.values():
         near(of_stage)

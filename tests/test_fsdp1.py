@@ -42,3 +42,12 @@ def test_checkpoints(figures: dict[str, Any]) -> None:
     for of_kind in figures["resumed"].values():
         assert of_kind["adamw"] == 0.0
         assert of_kind["adam_mini"] == 0.0
+
+
+def test_transformers_and_trl(tmp_path: Path) -> None:
+    figures = launch("hf.py", 2, "fsdp1", CHECKPOINTS=str(tmp_path))["fsdp1"]
+    for trainer in ("trainer", "sft"):
+        assert figures[trainer]["adam_mini"] <= CLOSE
+        assert figures[trainer]["adam_mini moved"] > 1e-3
+        assert figures[trainer]["adamw"] <= 1e-3
+        assert figures[trainer]["adamw moved"] > 1e-3

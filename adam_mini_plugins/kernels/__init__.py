@@ -35,7 +35,7 @@ class Members(NamedTuple):
 
     def at(self, numbers: Sequence[int]) -> Members:
         """Those with these numbers."""
-        return Members(*([column[i] for i in numbers] for column in self))
+        return Members._make([column[i] for i in numbers] for column in self)
 
 
 class Plan:

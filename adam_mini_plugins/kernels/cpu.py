@@ -158,7 +158,7 @@ class Table:
         self._call = _Step(tensors=len(params))
         # The call holds their addresses, which keeps nothing alive.
         self._addresses = {name: _addresses(tensors) for name, tensors in self._lasting.items()}
-        self._buffers = {
+        self._buffers: dict[str, array[Any]] = {
             **self._addresses,
             "kinds": kinds,
             "rates": array("I", bytes(12 * len(params))),

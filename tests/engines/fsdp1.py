@@ -62,7 +62,7 @@ def resumed(kind: str) -> dict[str, float]:
 
 def figures() -> dict[str, Any]:
     found: dict[str, Any] = {
-        "llama": workers.compare(lambda: workers.llama(hidden_size=192, head_dim=10), shard),
+        "llama": workers.compare(lambda: workers.llama(hidden_size=192, intermediate_size=512, head_dim=10), shard),
         "cut": workers.compare(llama, shard),
         "tied": workers.compare(lambda: workers.cut_llama(num_hidden_layers=1, tie_word_embeddings=True), shard),
         "conv1d": workers.compare(fsdp2.gpt2, shard),

@@ -32,6 +32,8 @@ from adam_mini_plugins import AdamMini
 ENGINES, *WAYS = workers.arguments()
 ENGINE = ""  # the one at work
 OUTPUT = Path(os.environ["CHECKPOINTS"])
+# Processes have the same weights from the start here, and need no GPU to get them from one another.
+IN_FSDP1 = {"use_orig_params": True, "sync_module_states": False, "cpu_ram_efficient_loading": False}
 IDS = workers.batches(1)[0]  # each step sees all of it, in whatever order
 DATA = [{"input_ids": ids, "labels": ids} for ids in IDS]
 
@@ -58,13 +60,14 @@ def arguments(folder: str, cls: type = TrainingArguments, **options: Any) -> Any
     if ENGINE.startswith("zero"):
         import zero  # noqa: F401  (DeepSpeed, set up for a CPU)
 
+        AcceleratorState._reset_state()  # which holds the config of the trainer before
         defaults["deepspeed"] = deepspeed_guide.config(int(ENGINE[-1]))
     if ENGINE.startswith("fsdp"):
         defaults |= {
             "fsdp": True,
             "fsdp_config": {
                 "version": int(ENGINE[-1]),
-                "use_orig_params": True,
+                **(IN_FSDP1 if ENGINE == "fsdp1" else {}),
                 "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
                 "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
                 "state_dict_type": options.pop("state_dict_type", "FULL_STATE_DICT"),
@@ -201,7 +204,6 @@ def set_up() -> None:
         kind = DistributedType.DEEPSPEED if ENGINE.startswith("zero") else DistributedType.MULTI_GPU
         state._shared_state["distributed_type"] = kind
         state._shared_state["device"] = torch.device("cpu")
-    AcceleratorState._reset_state()
 
 
 main()

@@ -78,8 +78,15 @@ def zero_strategy(stage: int) -> Any:
     from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 
     class OnCPU(DeepSpeedStrategy):
+        @property
+        def root_device(self) -> torch.device:
+            return torch.device("cpu", 0)  # DeepSpeed wants a number
+
         def setup_environment(self) -> None:
-            ParallelStrategy.setup_environment(self)  # without asking for CUDA
+            """As it is done there, but for the demand that devices are CUDA's."""
+            ParallelStrategy.setup_environment(self)
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
 
     settings = zero.config(stage, offload=stage == 2)
     del settings["train_micro_batch_size_per_gpu"], settings["gradient_clipping"]  # these are Lightning's business
@@ -109,6 +116,8 @@ def fit(name: str, epochs: int, ours: bool = True, **options: Any) -> tuple[Trai
         callbacks=[AdamMiniOptimizer()] if ours else [],
     )  # fmt: skip
     module = Module()
+    if name.startswith("zero"):  # ZeRO-3 would cut it as it is made, which transformers' initialisation does not allow
+        module.model = workers.cut_llama(num_hidden_layers=1, use_cache=False)
     processes = PROCESSES // TENSOR_PARALLEL.get(name, 1)  # those that have different data
     trainer.fit(module, DataLoader(list(IDS), batch_size=len(IDS) // processes), **options)
     (optimizer,) = (getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers)

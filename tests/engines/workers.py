@@ -78,6 +78,11 @@ def whole(tensor: Tensor) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(tensor).detach()
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 

@@ -143,7 +143,7 @@ def tied() -> nn.Module:
 
 
 def wide() -> nn.Module:
-    return workers.llama(hidden_size=192, head_dim=10, num_hidden_layers=1)
+    return workers.llama(hidden_size=192, intermediate_size=512, head_dim=10, num_hidden_layers=1)
 
 
 def lora() -> nn.Module:
