@@ -1,4 +1,4 @@
-"""Lightning on the CPU: `ddp`, `model parallel` and, with `whole checkpoint`s, again, `zero 2`, `zero 3`, `fsdp1`."""
+"""Lightning on the CPU: `ddp`, `model parallel` and, with `whole checkpoint`s, again, `zero 2` and `zero 3`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import workers
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from adam_mini_plugins import AdamMini, partition
 from adam_mini_plugins.lightning import AdamMiniOptimizer
@@ -53,17 +52,11 @@ def strategy(name: str) -> Any:
         return DDPStrategy(process_group_backend="gloo")
     if name.startswith("zero"):
         return zero_strategy(int(name[-1]))
-    if name == "fsdp1":
-        return FSDP1(auto_wrap_policy={LlamaDecoderLayer}, state_dict_type="sharded", process_group_backend="gloo")
     whole = name == "whole checkpoint"
     return ModelParallelStrategy(
         data_parallel_size=PROCESSES, tensor_parallel_size=1, save_distributed_checkpoint=not whole,
         process_group_backend="gloo",
     )  # fmt: skip
-
-
-class FSDP1(FSDPStrategy):
-    """A class of its own is what Lightning allows on a CPU."""
 
 
 def zero_strategy(stage: int) -> Any:
@@ -89,10 +82,6 @@ def zero_strategy(stage: int) -> Any:
 def assert_engine(name: str, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
     if name.startswith("zero"):
         assert trainer.strategy.deepspeed_engine.zero_optimization_stage() == int(name[-1])
-        assert all(p.ndim == 1 for p in optimizer.state)
-        return
-    if name == "fsdp1":
-        assert isinstance(trainer.strategy.model, FullyShardedDataParallel)
         assert all(p.ndim == 1 for p in optimizer.state)
         return
     parts = [isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"]]
