@@ -799,7 +799,7 @@ def _check_saved_group(number: int, saved: dict[str, Any], members: int) -> None
     if missing:
         raise ValueError(f"{where} has no {', '.join(map(repr, missing))}. {_START_ANEW}")
     try:
-        _checked_options({"state_dtype": None, **saved})
+        _checked_options({"state_dtype": None, **_NEW_OPTIONS, **saved})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} is damaged: {error}. {_START_ANEW}") from error
     for entry in ("blocks", "param_names"):

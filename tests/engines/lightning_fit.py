@@ -1,5 +1,6 @@
-"""Lightning on the CPU under the strategies that are named: `ddp`, `model parallel` (as `whole checkpoint` with those),
-`tensor parallel`, `zero 2`, `zero 3`, `fsdp1`.
+"""Lightning on the CPU under the strategies that are named.
+
+`ddp`, `model parallel` (`whole checkpoint` with such), `tensor parallel`, `zero 2` and `zero 3`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import tensor_parallel
 import torch
 import workers
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from adam_mini_plugins import AdamMini, partition
 from adam_mini_plugins.lightning import AdamMiniOptimizer
@@ -60,17 +60,11 @@ def strategy(name: str) -> Any:
         return DDPStrategy(process_group_backend="gloo")
     if name.startswith("zero"):
         return zero_strategy(int(name[-1]))
-    if name == "fsdp1":
-        return FSDP1(auto_wrap_policy={LlamaDecoderLayer}, state_dict_type="sharded", process_group_backend="gloo")
     whole, tensor_parallel_size = name == "whole checkpoint", TENSOR_PARALLEL.get(name, 1)
     return ModelParallelStrategy(
         data_parallel_size=PROCESSES // tensor_parallel_size, tensor_parallel_size=tensor_parallel_size,
         save_distributed_checkpoint=not whole, process_group_backend="gloo",
     )  # fmt: skip
-
-
-class FSDP1(FSDPStrategy):
-    """A class of its own is what Lightning allows on a CPU."""
 
 
 def zero_strategy(stage: int) -> Any:
@@ -96,10 +90,6 @@ def zero_strategy(stage: int) -> Any:
 def assert_engine(name: str, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
     if name.startswith("zero"):
         assert trainer.strategy.deepspeed_engine.zero_optimization_stage() == int(name[-1])
-        assert all(p.ndim == 1 for p in optimizer.state)
-        return
-    if name == "fsdp1":
-        assert isinstance(trainer.strategy.model, FullyShardedDataParallel)
         assert all(p.ndim == 1 for p in optimizer.state)
         return
     parts = [isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"]]
