@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["pytest>=8.0", "hypothesis>=6.100", "expecttest>=0.2"]
+TESTS = ["pytest>=8.0", "hypothesis>=6.100", "expecttest>=0.2", "pytest-xdist>=3.6", "setuptools>=77"]
 CORE = ["test_layout.py", "test_update.py", "test_edges.py", "test_conformance.py", "test_fuzz.py"]
 DOORS = ["matrix/test_doors.py"]
 SHOW_VERSIONS = """
