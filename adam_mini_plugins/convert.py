@@ -16,7 +16,9 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from . import sharding
 from .blocks import Layout, Partition
-from .optimizer import AdamMini, foreign
+from .optimizer import AdamMini
+from .options import NEW_OPTIONS
+from .state_dicts import foreign
 from .update import second_moment_dtype
 
 # How torch computes the step, and which update it is: none of it is left once the step is AdamMini's.
@@ -24,7 +26,7 @@ _DROPPED = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable",
 # What a fused AdamW leaves on itself for gradient scalers and for its own checks.
 _MARKS = ("_step_supports_amp_scaling", "_need_device_dtype_check_for_fused")
 # What AdamMini's groups have and AdamW's have not.
-_OURS = ("blocks", "param_names", "params", "state_dtype", "fused", "capturable", "stochastic_rounding", "seed")
+_OURS = ("blocks", "param_names", "params", "state_dtype", *NEW_OPTIONS)
 # What an AdamMini knows of its parameters besides its groups and state.
 _HELD = ("partition", "_made_with", "_flats", "_plans")
 

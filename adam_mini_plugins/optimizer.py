@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -13,33 +11,26 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from . import engines, sharding
+from . import engines, sharding, state_dicts
 from .blocks import Layout, Partition
 from .blocks import partition as make_partition
 from .blocks.whole import fsdp1_handle, whole_shape
 from .flat import Flat, block_means
 from .kernels import Members, Plan
+from .options import NEW_OPTIONS, checked_options, momentum_dtype
 from .rounding import seed_of_tensor
 from .update import second_moment_dtype
 
 _HOW_TO_PARTITION = (
     "pass partition=adam_mini_plugins.partition(model), or build the optimizer with AdamMini.for_model(model, ...)"
 )
-_START_ANEW = "Load an earlier checkpoint, or start with the model's weights alone"
 _ENGINES = (
     "AdamMini trains with DistributedDataParallel, FSDP2, tensor parallelism and DeepSpeed ZeRO: use FSDP2 "
     "(fully_shard in torch, fsdp_version: 2 in accelerate, ModelParallelStrategy in Lightning)"
 )
 
-# Options that saved states may be older than, and what the step was without them.
-_NEW_OPTIONS = {"fused": None, "stochastic_rounding": False, "seed": 0, "capturable": False}
-
 # Of each group, what its plan was made for and the plan.
 _Plans = Sequence[tuple[list[Any], Plan]]
-_TAKE_OVER = (
-    "Take it over with AdamMini.from_adamw(state, partition, params=model.named_parameters()), or in a Trainer with "
-    'optim_args="from_adamw=true"; or resume with the optimizer that saved it'
-)
 
 
 class AdamMini(Optimizer):
@@ -124,7 +115,7 @@ class AdamMini(Optimizer):
             "seed": seed,
             "capturable": capturable,
         }
-        defaults.update(_checked_options(defaults))
+        defaults.update(checked_options(defaults))
         self._remember([])
         super().__init__(params, defaults)
 
@@ -261,7 +252,7 @@ class AdamMini(Optimizer):
             )
         _check_ordered(params)
         group = {**self.defaults, **param_group}
-        group.update(_checked_options(group))
+        group.update(checked_options(group))
         params = [params] if isinstance(params, Tensor) else list(params)
         names = group.get("param_names")
         if names is not None and not any(isinstance(p, tuple) for p in params):
@@ -543,36 +534,8 @@ class AdamMini(Optimizer):
                 handle.remove()
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        groups = self.param_groups
-        states, saved_groups = _parts(state_dict)
-        if len(groups) != len(saved_groups):
-            raise ValueError(
-                f"the state to load has {len(saved_groups)} parameter groups, this optimizer {len(groups)}: build the "
-                "optimizer with the groups that it was saved with"
-            )
-        keys = {key for saved in saved_groups for key in saved["params"]}
-        strangers = [key for key in states if isinstance(key, int) and key not in keys]
-        if strangers or len(keys) != sum(len(saved["params"]) for saved in saved_groups):
-            raise ValueError(
-                f"the state to load is damaged: its groups count {len(keys)} different parameters, and it has state "
-                f"for {len(strangers)} that are in none of them. {_START_ANEW}"
-            )
-        for number, (group, saved) in enumerate(zip(groups, saved_groups)):
-            if "blocks" not in saved:
-                raise ValueError(foreign(state_dict))
-            if len(group["params"]) != len(saved["params"]):
-                raise ValueError(
-                    f"parameter group {number} of the state to load has {len(saved['params'])} parameters, "
-                    f"this optimizer's has {len(group['params'])}: build it with the parameters that it was saved with"
-                )
-            _check_saved_group(number, saved, len(group["blocks"]))
-            for name, blocks, saved_blocks in zip(group["param_names"], group["blocks"], saved["blocks"]):
-                if blocks != saved_blocks:
-                    raise ValueError(
-                        f"{name} has blocks {blocks!r}, but {saved_blocks!r} in the state to load: load it into an "
-                        "optimizer made with the partition (scheme, value, rules) that it was saved with, and then "
-                        "call optimizer.repartition(partition) if the blocks are to be others"
-                    )
+        states, saved_groups = state_dicts.checked_groups(state_dict, self.param_groups)
+        for group, saved in zip(self.param_groups, saved_groups):
             self._resolve(group)
             for parameter, name, blocks, key in zip(
                 group["params"], _names(group, self._flats), group["blocks"], saved["params"]
@@ -580,9 +543,9 @@ class AdamMini(Optimizer):
                 state, flat = states.get(key), self._flats.get(parameter)
                 if state and flat is not None:
                     rows = parameter.numel() if flat.state_by_element else flat.num_rows
-                    _check_state(name, parameter, (rows,), state)
+                    state_dicts.check_state(name, parameter, (rows,), state)
                 elif state:
-                    _check_state(name, parameter, Layout.parse(blocks).state_shape(parameter.shape), state)
+                    state_dicts.check_state(name, parameter, Layout.parse(blocks).state_shape(parameter.shape), state)
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """Gives loaded state the dtypes that a new state would have, from the values as they were saved."""
@@ -612,7 +575,7 @@ class AdamMini(Optimizer):
         """Takes a state over, pickled or loaded: one saved before an option was there gets the option's default."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for option, default in {**_NEW_OPTIONS, **self.defaults}.items():
+            for option, default in {**NEW_OPTIONS, **self.defaults}.items():
                 if option != "differentiable":  # which torch gives to every optimizer
                     group.setdefault(option, default)
         for of_parameter in self.state.values():
@@ -641,59 +604,6 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _check_ordered(params: Any) -> None:
     if isinstance(params, set | frozenset):
         raise TypeError("parameters need an order that is the same in every run; got a set: pass a list")
-
-
-def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Hyper-parameters as a group holds them: in range, betas as floats, dtypes by name.
-
-    Raises:
-        ValueError: One is out of range; the message names it and its value.
-    """
-    for option in ("amsgrad", "differentiable"):
-        if options.get(option):
-            raise ValueError(f"a parameter group has {option}=True, which AdamMini does not have: leave it out")
-    for name in ("lr", "eps", "weight_decay"):
-        _check_number(name, options[name])
-    betas = options["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas!r}")
-    for i, beta in enumerate(betas):
-        _check_number(f"betas[{i}]", beta, 1.0)
-    if options["fused"] not in (None, True, False):
-        raise ValueError(f"fused must be None, True or False, got {options['fused']!r}")
-    if isinstance(options["seed"], bool) or not isinstance(options["seed"], int):
-        raise ValueError(f"seed must be a whole number, got {options['seed']!r}")
-    return {"betas": tuple(float(beta) for beta in betas), "state_dtype": dtype_name(options["state_dtype"])}
-
-
-def _check_number(name: str, number: Any, limit: float = math.inf) -> None:
-    if not isinstance(number, Real | Tensor):
-        raise TypeError(f"{name} must be a number, got {number!r}")
-    if isinstance(number, Tensor) and number.numel() != 1:
-        raise ValueError(f"{name} as a tensor must have one element, got shape {tuple(number.shape)}")
-    if not 0.0 <= float(number) < limit:
-        allowed = "0 or more" if limit == math.inf else f"at least 0 and less than {limit:g}"
-        raise ValueError(f"{name} must be {'finite' if number == math.inf else allowed}, got {number}")
-
-
-def dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    """A floating-point dtype by its name, as ``"bfloat16"``; ``None`` as it is.
-
-    Raises:
-        ValueError: It is no floating-point dtype.
-    """
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    resolved = getattr(torch, name, None)
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"state_dtype must be a floating-point dtype such as torch.bfloat16, got {dtype!r}")
-    return name
-
-
-def momentum_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
-    """The dtype of a parameter's momentum: the one asked for, or the parameter's own."""
-    return parameter.dtype if state_dtype is None else getattr(torch, state_dtype)
 
 
 def _device_of_step(parameter: Tensor, group: dict[str, Any]) -> torch.device:
@@ -774,78 +684,3 @@ def _check_engine(name: str | None, parameter: Tensor) -> None:
             "with use_orig_params=True they can, where partition and AdamMini are made from the wrapped model. "
             f"{_ENGINES}"
         )
-
-
-def _parts(state_dict: dict[str, Any]) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-    """The states and the groups of a state dict, of the form that torch gives them."""
-    for part, kind in (("state", dict), ("param_groups", list)):
-        if not isinstance(state_dict.get(part), kind):
-            raise ValueError(
-                f"the state to load has no {part!r} that is a {kind.__name__}; it has {_shortened(state_dict)}: pass "
-                "what state_dict() returned, of a checkpoint that holds more the optimizer's part"
-            )
-    states, groups = state_dict["state"], state_dict["param_groups"]
-    for number, group in enumerate(groups):
-        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
-            raise ValueError(f"parameter group {number} of the state to load has no list of 'params'. {_START_ANEW}")
-    return states, groups
-
-
-def _shortened(keys: Iterable[Any]) -> str:
-    """Some keys as text, that may be thousands."""
-    shown = [repr(key) for key in keys]
-    return ", ".join(shown[:4]) + f" and {len(shown) - 4} more" * (len(shown) > 4) or "nothing"
-
-
-def _check_saved_group(number: int, saved: dict[str, Any], members: int) -> None:
-    """Raises for a group of a state to load that could not be gone on with by an optimizer's group of ``members``."""
-    where = f"parameter group {number} of the state to load"
-    missing = [option for option in ("lr", "betas", "eps", "weight_decay") if option not in saved]
-    if missing:
-        raise ValueError(f"{where} has no {', '.join(map(repr, missing))}. {_START_ANEW}")
-    try:
-        _checked_options({"state_dtype": None, **_NEW_OPTIONS, **saved})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} is damaged: {error}. {_START_ANEW}") from error
-    for entry in ("blocks", "param_names"):
-        found = saved.get(entry, [None] * members)
-        if not isinstance(found, list) or len(found) != members:
-            raise ValueError(f"{where} has other {entry!r} than one for each of {members} parameters. {_START_ANEW}")
-
-
-def _check_state(name: str, parameter: Tensor, second_moments: tuple[int, ...], state: Any) -> None:
-    expected = {"exp_avg": tuple(parameter.shape), "exp_avg_sq": second_moments, "step": ()}
-    for entry, shape in expected.items():
-        if not isinstance(state, dict) or entry not in state:
-            has = sorted(state) if isinstance(state, dict) else state
-            raise ValueError(f"the state to load has no {entry!r} for {name}; it has {has}. {_START_ANEW}")
-        value = state[entry]
-        if not isinstance(value, Tensor) and not (entry == "step" and isinstance(value, Real)):
-            raise ValueError(
-                f"{entry} of {name} is no tensor in the state to load, but {type(value).__name__}. {_START_ANEW}"
-            )
-        found = torch.as_tensor(value)
-        if found.shape != shape:
-            raise ValueError(
-                f"{entry} of {name} has shape {tuple(found.shape)} in the state to load, but {shape} in this "
-                "optimizer: it is another model's, or was cut. Load the state that was saved with this model"
-            )
-        if found.is_meta or not (found.is_floating_point() or entry == "step"):
-            raise ValueError(f"{entry} of {name} holds no numbers, but {found.dtype} on {found.device}. {_START_ANEW}")
-    if not 0 <= float(state["step"]) < math.inf:
-        raise ValueError(
-            f"step of {name} must be 0 or more in the state to load, got {float(state['step'])}. {_START_ANEW}"
-        )
-    if (sharding.local(state["exp_avg_sq"]) < 0).any():
-        raise ValueError(f"exp_avg_sq of {name}, a mean of squares, is negative in the state to load. {_START_ANEW}")
-
-
-def foreign(state_dict: dict[str, Any]) -> str:
-    """Whose state this is that is not AdamMini's, and what to do: the text of an error."""
-    keys = sorted({key for state in state_dict["state"].values() for key in state})
-    is_adam = {"exp_avg", "exp_avg_sq"} <= set(keys)
-    what = "Adam's or AdamW's: it has a second moment for each element" if is_adam else f"another optimizer's: {keys}"
-    return (
-        f"the state to load is not AdamMini's but {what}. {_TAKE_OVER if is_adam else 'Resume with what saved it'}, or "
-        "start AdamMini without this optimizer state (from the model's weights alone)"
-    )
