@@ -1,7 +1,7 @@
 /* One step of Adam-mini on a CPU: what update.py defines, with each number read and written once.
  *
  * Plain C over raw pointers, loaded by cpu.py, which says what each tensor's tasks are. A tensor's elements are
- * copied in tiles to float32 where they are of another type; a block that is short enough to stay in the cache is
+ * turned into float32 and back on their way through registers; a block that is short enough to stay in the cache is
  * summed and updated at once, a long one in two phases. Sums of squares are added up in float64, in an order that
  * depends on the tensor alone: any number of threads gives the same bits.
  *
@@ -13,8 +13,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-#define TILE 1024
-#define SHORT 64
+#define TILE 1024  /* elements in buffers on the stack */
+#define SHORT 64   /* elements of a block that is not worth a loop of its own */
+#define AHEAD 4096 /* bytes: found by trying, as far as one page */
 
 enum { FLOAT32, BFLOAT16, FLOAT16, BFLOAT16_STOCHASTIC };
 
@@ -85,7 +86,7 @@ INLINE uint16_t to_half(float x) {
 INLINE uint16_t to_bfloat(float x) {
     uint32_t u = bits_of(x);
     uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    return (uint16_t)((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    return (uint16_t)(x != x ? 0x7fc0 : rounded);
 }
 
 INLINE uint32_t mixed(uint32_t h) {
@@ -94,71 +95,70 @@ INLINE uint32_t mixed(uint32_t h) {
     return h ^ (h >> 16);
 }
 
-/* Rounds element `start + i` at random; rounding.py says how. */
-INLINE void to_bfloat_stochastic(const float *x, uint16_t *out, int64_t n, int64_t start, uint32_t key) {
-    uint32_t low = (uint32_t)start, high = mixed((uint32_t)(start >> 32)), next = mixed((uint32_t)(start >> 32) + 1);
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t index = low + (uint32_t)i;
-        uint32_t random = mixed((index * 0x9E3779B9u + key) ^ (index < low ? next : high)) >> 16;
-        uint32_t u = bits_of(x[i]), size = u & 0x7fffffff;
-        uint32_t rounded = size < 0x7f800000 ? u + random : u;
-        out[i] = (uint16_t)(size > 0x7f800000 ? 0x7fc0 : rounded >> 16);
-    }
+/* The random numbers of elements from one on: rounding.py says how. */
+typedef struct {
+    uint32_t low, high, next, key;
+} Random;
+
+INLINE Random random_from(int64_t start, uint32_t key) {
+    const uint32_t high = (uint32_t)(start >> 32);
+    return (Random){(uint32_t)start, mixed(high), mixed(high + 1), key};
 }
 
-/* The n elements from `start` on as float32: where they lie, or copied to the buffer. */
-INLINE float *load(uintptr_t address, int64_t kind, int64_t start, int64_t n, float *buffer) {
-    if (kind == FLOAT32) return (float *)address + start;
-    const uint16_t *from = (const uint16_t *)address + start;
-    if (kind == FLOAT16)
-        for (int64_t i = 0; i < n; i++) buffer[i] = from_half(from[i]);
+INLINE uint16_t to_bfloat_at_random(float x, Random r, int64_t i) {
+    uint32_t index = r.low + (uint32_t)i;
+    uint32_t random = mixed((index * 0x9E3779B9u + r.key) ^ (index < r.low ? r.next : r.high)) >> 16;
+    uint32_t u = bits_of(x), size = u & 0x7fffffff;
+    return (uint16_t)(size > 0x7f800000 ? 0x7fc0 : (size < 0x7f800000 ? u + random : u) >> 16);
+}
+
+INLINE uintptr_t at(uintptr_t address, int64_t kind, int64_t i) { return address + i * (kind == FLOAT32 ? 4 : 2); }
+
+INLINE float get(uintptr_t address, int64_t kind, int64_t i) {
+    if (kind == FLOAT32) return ((const float *)address)[i];
+    const uint16_t half = ((const uint16_t *)address)[i];
+    return kind == FLOAT16 ? from_half(half) : float_of((uint32_t)half << 16);
+}
+
+INLINE void put(uintptr_t address, int64_t kind, int64_t i, float x, Random random) {
+    if (kind == FLOAT32)
+        ((float *)address)[i] = x;
     else
-        for (int64_t i = 0; i < n; i++) buffer[i] = float_of((uint32_t)from[i] << 16);
-    return buffer;
+        ((uint16_t *)address)[i] = kind == FLOAT16               ? to_half(x)
+                                   : kind == BFLOAT16_STOCHASTIC ? to_bfloat_at_random(x, random, i)
+                                                                 : to_bfloat(x);
 }
 
-INLINE void store(uintptr_t address, int64_t kind, int64_t start, int64_t n, const float *buffer, uint32_t key) {
-    uint16_t *to = (uint16_t *)address + start;
-    if (kind == FLOAT16)
-        for (int64_t i = 0; i < n; i++) to[i] = to_half(buffer[i]);
-    else if (kind == BFLOAT16)
-        for (int64_t i = 0; i < n; i++) to[i] = to_bfloat(buffer[i]);
-    else if (kind == BFLOAT16_STOCHASTIC)
-        to_bfloat_stochastic(buffer, to, n, start, key);
+/* The arithmetic. Types are constants wherever it counts: `specialised` below has a copy for each common set. */
+
+typedef struct {
+    uintptr_t p, g, m; /* the first elements */
+    int64_t of_p, of_g, of_m; /* types */
+    Random random;
+} Range;
+
+INLINE Range range_from(const Step *s, int64_t t, int64_t start, Kind of) {
+    return (Range){at(s->params[t], of.param, start), at(s->grads[t], of.grad, start),
+                   at(s->exp_avgs[t], of.exp_avg, start), of.param, of.grad, of.exp_avg,
+                   random_from(start, s->rates[t].key)};
 }
 
-/* The arithmetic. */
+INLINE Range later(Range r, int64_t by) {
+    const int64_t sum = (int64_t)r.random.low + by;
+    return (Range){at(r.p, r.of_p, by), at(r.g, r.of_g, by), at(r.m, r.of_m, by), r.of_p, r.of_g, r.of_m,
+                   {(uint32_t)sum, sum >> 32 ? r.random.next : r.random.high, r.random.next, r.random.key}};
+}
 
 /* In float32 as far as it loses nothing that counts, a few squares a lane, and from there in float64. */
-INLINE double sum_of_squares(const float *g, int64_t n) {
+INLINE double sum_of_squares(uintptr_t g, int64_t of_g, int64_t n) {
     double total = 0;
-    while (n > 0) {
-        const int64_t count = n < 256 ? n : 256;
+    for (int64_t first = 0; first < n; first += 256) {
+        const int64_t count = n - first < 256 ? n - first : 256;
+        const uintptr_t from = at(g, of_g, first);
         float part = 0;
 #pragma omp simd reduction(+ : part)
-        for (int64_t i = 0; i < count; i++) part += g[i] * g[i];
+        for (int64_t i = 0; i < count; i++) part += get(from, of_g, i) * get(from, of_g, i);
         total += part;
-        g += count;
-        n -= count;
-    }
-    return total;
-}
-
-INLINE float sum_of_few(const float *g, int64_t n) {
-    float even = 0, odd = 0;
-    for (int64_t i = 0; i + 1 < n; i += 2) {
-        even += g[i] * g[i];
-        odd += g[i + 1] * g[i + 1];
-    }
-    return even + odd + (n % 2 ? g[n - 1] * g[n - 1] : 0);
-}
-
-INLINE double sum_over(const Step *s, int64_t t, int64_t start, int64_t n) {
-    float buffer[TILE];
-    double total = 0;
-    for (int64_t end = start + n; start < end; start += TILE) {
-        int64_t count = end - start < TILE ? end - start : TILE;
-        total += sum_of_squares(load(s->grads[t], s->kinds[t].grad, start, count, buffer), count);
     }
     return total;
 }
@@ -169,143 +169,171 @@ INLINE float scale_of(float v, float step_size, float correction, float eps) {
     return step_size / (sqrtf(v) / correction + eps);
 }
 
-/* One tile: its elements as float32, in place or in buffers. */
 typedef struct {
-    float *p, *g, *m, buffers[3][TILE + 48];
-} Tile;
+    float decay, beta1, weight; /* of p, of m, of the gradient in m */
+} Constants;
 
-INLINE void open_tile(Tile *tile, const Step *s, int64_t t, int64_t start, int64_t n) {
-    tile->p = load(s->params[t], s->kinds[t].param, start, n, tile->buffers[0]);
-    tile->g = load(s->grads[t], s->kinds[t].grad, start, n, tile->buffers[1]);
-    tile->m = load(s->exp_avgs[t], s->kinds[t].exp_avg, start, n, tile->buffers[2]);
+INLINE Constants constants_of(const Step *s) {
+    return (Constants){(float)(1 - s->lr * s->weight_decay), (float)s->beta1,
+                       (float)(s->maximize ? s->beta1 - 1 : 1 - s->beta1)};
 }
 
-INLINE void close_tile(const Tile *tile, const Step *s, int64_t t, int64_t start, int64_t n) {
-    store(s->params[t], s->kinds[t].param, start, n, tile->p, s->rates[t].key);
-    store(s->exp_avgs[t], s->kinds[t].exp_avg, start, n, tile->m, 0);
+INLINE void descend_one(Constants c, Range r, int64_t i, float scale) {
+    const float m = c.beta1 * get(r.m, r.of_m, i) + c.weight * get(r.g, r.of_g, i);
+    put(r.m, r.of_m, i, m, r.random);
+    put(r.p, r.of_p, i, c.decay * get(r.p, r.of_p, i) - scale * m, r.random);
 }
 
-/* As torch's lerp: from the end that is nearer, so that beta1 = 0 leaves nothing of the momentum. */
-#define AVERAGED(m, g) (weight < 0.5f ? (m) + weight * ((g) - (m)) : (g) - rest * ((g) - (m)))
-
-INLINE void descend(const Step *s, float *restrict p, const float *restrict g, float *restrict m, int64_t n,
-                    float scale) {
-    const float sign = s->maximize ? -1.0f : 1.0f, decay = (float)(1 - s->lr * s->weight_decay);
-    const float weight = (float)(1 - s->beta1), rest = (float)s->beta1;
-    for (int64_t i = 0; i < n; i++) {
-        m[i] = AVERAGED(m[i], sign * g[i]);
-        p[i] = decay * p[i] - scale * m[i];
+/* Asks for what comes soon: between the sum over a block and its update no two streams run on for long enough for
+ * the processor to see them. Reaching beyond a tensor's end is harmless. */
+INLINE void prefetch(Range r) {
+    for (int64_t line = 0; line < 4; line++) {
+        __builtin_prefetch((const char *)r.g + AHEAD + 64 * line, 0);
+        __builtin_prefetch((const char *)r.p + AHEAD + 64 * line, 1);
+        __builtin_prefetch((const char *)r.m + AHEAD + 64 * line, 1);
     }
 }
 
-INLINE void descend_by_element(const Step *s, float *restrict p, const float *restrict g, float *restrict m,
-                               const float *restrict scales, int64_t n) {
-    const float sign = s->maximize ? -1.0f : 1.0f, decay = (float)(1 - s->lr * s->weight_decay);
-    const float weight = (float)(1 - s->beta1), rest = (float)s->beta1;
-    for (int64_t i = 0; i < n; i++) {
-        m[i] = AVERAGED(m[i], sign * g[i]);
-        p[i] = decay * p[i] - scales[i] * m[i];
+INLINE void descend(const Step *s, Range r, int64_t n, float scale) {
+    const Constants c = constants_of(s);
+    /* 256 bytes of what is the larger: of shorter types somewhat more is asked for than is used at once. */
+    const int64_t stride = r.of_p == FLOAT32 || r.of_m == FLOAT32 ? 64 : 128;
+    int64_t first = 0;
+    for (; first + stride <= n; first += stride) {
+        const Range part = later(r, first);
+        prefetch(part);
+#pragma omp simd
+        for (int64_t i = 0; i < stride; i++) descend_one(c, part, i, scale);
+    }
+    const Range part = later(r, first);
+#pragma omp simd
+    for (int64_t i = 0; i < n - first; i++) descend_one(c, part, i, scale);
+}
+
+INLINE void descend_by_element(const Step *s, Range r, const float *scales, int64_t n) {
+    const Constants c = constants_of(s);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) descend_one(c, r, i, scales[i]);
+}
+
+INLINE void spread_over(float *restrict to, const float *restrict from, int64_t count, int64_t length) {
+    for (int64_t b = 0; b < count; b++)
+        for (int64_t i = 0; i < length; i++) to[b * length + i] = from[b];
+}
+
+/* Writes each number `length` times; common lengths are constants, so that no loop is over so few. */
+INLINE void spread(float *restrict to, const float *restrict from, int64_t count, int64_t length) {
+    switch (length) {
+    case 1: spread_over(to, from, count, 1); break;
+    case 4: spread_over(to, from, count, 4); break;
+    case 8: spread_over(to, from, count, 8); break;
+    case 16: spread_over(to, from, count, 16); break;
+    case 32: spread_over(to, from, count, 32); break;
+    default: spread_over(to, from, count, length);
+    }
+}
+
+/* Blocks of few elements, as many at once as go into a tile: loops over one block would cost more than what they do. */
+INLINE void short_blocks(const Step *s, const Task *task, Kind of, int given) {
+    const int64_t t = task->tensor, size = task->size, length = size * task->columns, at_once = TILE / length;
+    const float beta2 = (float)s->beta2, rest = (float)(1 - s->beta2) / (float)length, eps = (float)s->eps;
+    const float step_size = s->rates[t].step_size, correction = s->rates[t].root_correction;
+    float sums[TILE], scales[TILE];
+    for (int64_t first = 0; first < task->blocks; first += at_once) {
+        const int64_t count = task->blocks - first < at_once ? task->blocks - first : at_once;
+        const Range r = range_from(s, t, task->start + first * length, of);
+        float *v = (float *)s->exp_avg_sqs[t] + task->row + first * size;
+        for (int64_t i = 0; i < count * length; i += 16) { /* what is needed once the squares are summed */
+            __builtin_prefetch((const void *)at(r.p, of.param, i), 1);
+            __builtin_prefetch((const void *)at(r.m, of.exp_avg, i), 1);
+        }
+        if (!given) {
+#pragma omp simd
+            for (int64_t i = 0; i < count * length; i++) sums[i] = get(r.g, of.grad, i) * get(r.g, of.grad, i);
+            int64_t left = length;
+            for (; left % 2 == 0; left /= 2) /* halves all blocks at once; what is written was read before */
+#pragma omp simd
+                for (int64_t i = 0; i < count * left / 2; i++) sums[i] = sums[2 * i] + sums[2 * i + 1];
+            for (int64_t b = 0; b < count && left > 1; b++) {
+                float sum = 0;
+                for (int64_t i = 0; i < left; i++) sum += sums[b * left + i];
+                sums[b] = sum;
+            }
+            for (int64_t b = 0; b < count; b++) sums[b] = beta2 * v[b * size] + rest * sums[b];
+            spread(v, sums, count, size);
+        }
+        for (int64_t b = 0; b < count; b++) sums[b] = scale_of(v[b * size], step_size, correction, eps);
+        spread(scales, sums, count, length);
+        descend_by_element(s, r, scales, count * length);
     }
 }
 
 /* Blocks of `size` rows of `columns`; with `given`, the second moments are new already. */
-INLINE void blocks(const Step *s, const Task *task, int given) {
+INLINE void blocks(const Step *s, const Task *task, Kind of, int given) {
     const int64_t t = task->tensor, length = task->size * task->columns;
     const float step_size = s->rates[t].step_size, correction = s->rates[t].root_correction, eps = (float)s->eps;
-    float *v = (float *)s->exp_avg_sqs[t] + task->row;
-    Tile tile;
-    if (length < SHORT) { /* loops over so few elements would cost more than what they do */
-        const int64_t at_once = TILE / length;
-        float scales[TILE], of_elements[TILE];
-        for (int64_t first = 0; first < task->blocks; first += at_once) {
-            const int64_t count = task->blocks - first < at_once ? task->blocks - first : at_once;
-            const int64_t start = task->start + first * length;
-            float *of_rows = v + first * task->size;
-            open_tile(&tile, s, t, start, count * length);
-            for (int64_t b = 0; b < count; b++) {
-                const float old = of_rows[b * task->size];
-                scales[b] = given ? old : moved(s, old, sum_of_few(tile.g + b * length, length) / (double)length);
-                if (!given)
-                    for (int64_t row = 0; row < task->size; row++) of_rows[b * task->size + row] = scales[b];
-            }
-            for (int64_t b = 0; b < count; b++) scales[b] = scale_of(scales[b], step_size, correction, eps);
-            for (int64_t b = 0; b < count; b++)
-                for (int64_t i = 0; i < length; i++) of_elements[b * length + i] = scales[b];
-            descend_by_element(s, tile.p, tile.g, tile.m, of_elements, count * length);
-            close_tile(&tile, s, t, start, count * length);
-        }
-        return;
-    }
-    if (length <= TILE) { /* whole blocks, as many as go into a tile */
-        const int64_t at_once = TILE / length;
-        for (int64_t first = 0; first < task->blocks; first += at_once) {
-            const int64_t count = task->blocks - first < at_once ? task->blocks - first : at_once;
-            const int64_t start = task->start + first * length;
-            open_tile(&tile, s, t, start, count * length);
-            for (int64_t b = 0; b < count; b++) {
-                float *of_rows = v + (first + b) * task->size, *g = tile.g + b * length;
-                const float new = given ? of_rows[0] : moved(s, of_rows[0], sum_of_squares(g, length) / (double)length);
-                if (!given)
-                    for (int64_t row = 0; row < task->size; row++) of_rows[row] = new;
-                descend(s, tile.p + b * length, g, tile.m + b * length, length,
-                        scale_of(new, step_size, correction, eps));
-            }
-            close_tile(&tile, s, t, start, count * length);
-        }
-        return;
-    }
     for (int64_t b = 0; b < task->blocks; b++) {
-        float *of_rows = v + b * task->size;
-        int64_t start = task->start + b * length;
-        const int64_t end = start + length;
-        const float new = given ? of_rows[0] : moved(s, of_rows[0], sum_over(s, t, start, length) / (double)length);
+        float *v = (float *)s->exp_avg_sqs[t] + task->row + b * task->size;
+        const Range r = range_from(s, t, task->start + b * length, of);
+        const float new = given ? v[0] : moved(s, v[0], sum_of_squares(r.g, of.grad, length) / (double)length);
         if (!given)
-            for (int64_t row = 0; row < task->size; row++) of_rows[row] = new;
-        const float scale = scale_of(new, step_size, correction, eps);
-        for (; start < end; start += TILE) {
-            const int64_t count = end - start < TILE ? end - start : TILE;
-            open_tile(&tile, s, t, start, count);
-            descend(s, tile.p, tile.g, tile.m, count, scale);
-            close_tile(&tile, s, t, start, count);
-        }
+            for (int64_t row = 0; row < task->size; row++) v[row] = new;
+        descend(s, r, length, scale_of(new, step_size, correction, eps));
     }
 }
 
-INLINE void columns(const Step *s, const Task *task, int given) {
+/* Rows of elements with a second moment each, which stand there if they are `given`. */
+INLINE void columns(const Step *s, const Task *task, Kind of, int given) {
     const int64_t t = task->tensor, length = task->columns;
     const float step_size = s->rates[t].step_size, correction = s->rates[t].root_correction, eps = (float)s->eps;
+    const float beta2 = (float)s->beta2, rest = (float)(1 - s->beta2);
     float scales[TILE];
-    Tile tile;
     for (int64_t row = 0; row < task->blocks; row++)
         for (int64_t column = 0; column < length; column += TILE) {
             const int64_t count = length - column < TILE ? length - column : TILE;
-            const int64_t start = task->start + row * length + column;
+            const Range r = range_from(s, t, task->start + row * length + column, of);
             float *v = (float *)s->exp_avg_sqs[t] + task->row + column;
-            open_tile(&tile, s, t, start, count);
-            if (!given) {
-                const float beta2 = (float)s->beta2, rest = (float)(1 - s->beta2);
-                const float *g = tile.g;
-                for (int64_t i = 0; i < count; i++) v[i] = beta2 * v[i] + rest * (g[i] * g[i]);
+            for (int64_t i = 0; i < count && !given; i++) {
+                const float g = get(r.g, of.grad, i);
+                v[i] = beta2 * v[i] + rest * (g * g);
             }
             for (int64_t i = 0; i < count; i++) scales[i] = scale_of(v[i], step_size, correction, eps);
-            descend_by_element(s, tile.p, tile.g, tile.m, scales, count);
-            close_tile(&tile, s, t, start, count);
+            descend_by_element(s, r, scales, count);
         }
+}
+
+INLINE void perform(const Step *s, const Task *task, Kind of) {
+    const int is_short = task->size * task->columns < SHORT;
+    const int given = task->kind == ROWS || task->kind == COLUMNS;
+    switch (task->kind) {
+    case BLOCKS:
+    case ROWS: is_short ? short_blocks(s, task, of, given) : blocks(s, task, of, given); break;
+    case COLUMNS:
+    case ELEMENTS: columns(s, task, of, given); break;
+    case SUMS:
+        s->partial[task->slot] =
+            sum_of_squares(at(s->grads[task->tensor], of.grad, task->start), of.grad, task->columns);
+        break;
+    }
+}
+
+INLINE void specialised(const Step *s, const Task *task) {
+    const Kind of = s->kinds[task->tensor];
+#define CASE(P, G, M) if (of.param == P && of.grad == G && of.exp_avg == M) perform(s, task, (Kind){P, G, M, 0})
+    CASE(FLOAT32, FLOAT32, FLOAT32);
+    else CASE(BFLOAT16, BFLOAT16, BFLOAT16);
+    else CASE(BFLOAT16, BFLOAT16, FLOAT32);
+    else CASE(BFLOAT16_STOCHASTIC, BFLOAT16, BFLOAT16);
+    else CASE(BFLOAT16_STOCHASTIC, BFLOAT16, FLOAT32);
+    else CASE(FLOAT16, FLOAT16, FLOAT16);
+    else perform(s, task, of);
 }
 
 /* The tasks of one phase, taken by whatever thread is free. */
 INLINE void work_through(Work *work) {
     const Step *s = work->step;
-    for (int64_t i; (i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->count;) {
-        const Task *task = work->tasks + i;
-        switch (task->kind) {
-        case BLOCKS: blocks(s, task, 0); break;
-        case ROWS: blocks(s, task, 1); break;
-        case COLUMNS: columns(s, task, 1); break;
-        case ELEMENTS: columns(s, task, 0); break;
-        case SUMS: s->partial[task->slot] = sum_over(s, task->tensor, task->start, task->columns); break;
-        }
-    }
+    for (int64_t i; (i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->count;)
+        specialised(s, work->tasks + i);
 }
 
 /* The same for each width of registers. Without fused multiply-add, which rounds otherwise. */
@@ -313,7 +341,9 @@ typedef void Version(void *);
 static void plain(void *work) { work_through(work); }
 #if defined(__x86_64__)
 __attribute__((target("avx2"))) static void avx2(void *work) { work_through(work); }
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) static void avx512(void *work) { work_through(work); }
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) static void avx512(void *work) {
+    work_through(work);
+}
 static Version *widest(void) {
 #define HAS __builtin_cpu_supports
     if (HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq")) return avx512;
