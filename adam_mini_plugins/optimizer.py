@@ -372,10 +372,10 @@ class AdamMini(Optimizer):
             cut = any(sharding.is_sharded(p) or p in self._flats for group in groups for p in group["params"])
             plans = () if cut else [(_watched(group), plan) for group, plan, _ in steps]
         for group, plan, members in steps:
-            beta1, beta2 = group["betas"]
+            lr, (beta1, beta2) = group["lr"], group["betas"]
             plan.step(
                 members,
-                lr=group["lr"],
+                lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,  # one element, of any number of axes
                 beta1=beta1,
                 beta2=beta2,
                 weight_decay=group["weight_decay"],

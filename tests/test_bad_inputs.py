@@ -178,12 +178,12 @@ def gradient(name: str, value: Callable[[Tensor], Tensor]) -> Act:
     return act
 
 
-def converted(cls: type[torch.optim.Optimizer], step: bool = False, **options: Any) -> Act:
+def converted(cls: type[torch.optim.Optimizer], step: Callable[[], None] | None = None, **options: Any) -> Act:
     def act(world: World) -> None:
         model = network()
         optimizer = cls(model.parameters(), **options)
-        if step:
-            trained(model, optimizer)
+        if step is not None:
+            optimizer.step = step
         adam_mini_(optimizer, partition(model))
 
     return act
@@ -286,6 +286,8 @@ TABLE: dict[str, list[Bad]] = {
         Bad("a beta as text", made(betas=(0.9, "b")), T, ("betas[1] must be a number", "'b'")),
         Bad("no eps", made(eps=None), T, ("eps must be a number", "None")),
         Bad("a negative decay", made(weight_decay=-0.1), V, ("weight_decay must be 0 or more", "-0.1")),
+        Bad("`fused` in words", made(fused="yes"), V, ("fused must be None, True or False", "'yes'")),
+        Bad("a seed that is no whole number", made(seed=0.5), V, ("seed must be a whole number", "0.5")),
         Bad("a state of integers", made(state_dtype=torch.int8), V, ("state_dtype must be", "torch.bfloat16", "int8")),
         Bad("a dtype that is none", made(state_dtype="bf16"), V, ("state_dtype must be", "torch.bfloat16", "'bf16'")),
         Bad("no partition", lambda w: AdamMini(w.model.parameters()), V, ("AdamMini needs the blocks", "for_model(")),
@@ -436,14 +438,12 @@ TABLE: dict[str, list[Bad]] = {
             V,
             ("no 'state' that is a dict", "pass what state_dict()"),
         ),
-        Bad(
-            "AdamW's state", other_state(torch.optim.AdamW), V, (LOAD, "Adam's or AdamW's", "Resume with the optimizer")
-        ),
+        Bad("AdamW's state", other_state(torch.optim.AdamW), V, (LOAD, "Adam's or AdamW's", "AdamMini.from_adamw(")),
         Bad(
             "SGD's state",
             other_state(torch.optim.SGD, momentum=0.9),
             V,
-            (LOAD, "momentum_buffer", "Resume with the optimizer"),
+            (LOAD, "momentum_buffer", "Resume with what saved it"),
         ),
         Bad(
             "no groups",
@@ -539,16 +539,15 @@ TABLE: dict[str, list[Bad]] = {
         Bad("a sparse gradient", gradient("2.weight", lambda p: p.to_sparse()), R, ("2.weight", "sparse=False")),
         Bad("a parameter that was resized", resized, R, ("0.weight has shape (24,)", "use FSDP2")),
         Bad("parameters that DeepSpeed ZeRO has merged", merged, R, ("1 tensors for 6 names", "use FSDP2")),
-        Bad("parameters of DeepSpeed ZeRO-3", marked("ds_id"), R, ("0.weight", "DeepSpeed ZeRO-3", "use FSDP2")),
         Bad("parameters of FSDP1", marked("_fsdp_flattened"), R, ("0.weight", "FSDP1", "use FSDP2")),
     ],
     "Turning AdamW into AdamMini": [
         Bad("SGD", converted(torch.optim.SGD), T, ("torch's Adam and AdamW", "got SGD")),
         Bad(
-            "AdamW after a step",
-            converted(torch.optim.AdamW, step=True),
+            "AdamW whose `step` was replaced",
+            converted(torch.optim.AdamW, step=print),
             V,
-            ("holds the state of 6", "before its first step"),
+            ("step of this AdamW has been replaced by print", "replace it afterwards"),
         ),
         Bad("`amsgrad`", converted(torch.optim.AdamW, amsgrad=True), V, ("amsgrad=True", "set amsgrad=False")),
         Bad(

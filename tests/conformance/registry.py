@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from conformance.subject import INFO, Case, cases
+from conformance.subject import Case, cases
 
 Run = Callable[[Case], None]
 
@@ -40,7 +40,7 @@ CHECKS: list[Check] = []
 
 
 def check(
-    *stands_for: str, only: tuple[str, ...] = (), devices: tuple[str, ...] = ("cpu", "cuda"), needs: str = ""
+    *stands_for: str, only: tuple[str, ...] = (), devices: tuple[str, ...] = ("cpu", "cuda")
 ) -> Callable[[Run], Run]:
     """Adds a function to the checks; its docstring is the property.
 
@@ -48,14 +48,11 @@ def check(
         stands_for: The tests of torch's that ask for it.
         only: The settings in which to look for it, all of them by default.
         devices: Where it can be seen.
-        needs: An implementation (`"fused"`) or argument (`"capturable"`) without which it does not apply.
     """
 
     def add(run: Run) -> Run:
-        offered = not needs or needs in INFO.supported_impls or (needs == "capturable" and INFO.has_capturable_arg)
         says, topic = (run.__doc__ or "").strip(), run.__module__.rpartition(".")[2]
-        found = Check(says, topic, stands_for, run, only, devices, "" if offered else f"AdamMini has no `{needs}`")
-        CHECKS.append(found if offered else replace(found, run=None))
+        CHECKS.append(Check(says, topic, stands_for, run, only, devices))
         return run
 
     return add

@@ -42,13 +42,20 @@ BASES = ("LRScheduler", "_LRScheduler")
 
 def element_case(case: Case) -> tuple[Case, dict[str, Any]]:
     """The settings that AdamW has too, and what makes AdamW of them."""
-    shared = {k: v for k, v in case.options.items() if k not in ("state_dtype", "stochastic_rounding", "fused")}
+    own = (
+        "state_dtype",
+        "stochastic_rounding",
+        "seed",
+        "fused",
+        "capturable",
+    )  # which AdamW has not, or on a GPU alone
+    shared = {k: v for k, v in case.options.items() if k not in own}
     if "betas" in shared:
         shared["betas"] = tuple(float(beta) for beta in shared["betas"])
-    return Case(case.device, shared, case.name), shared
+    return Case(case.device, {**shared, "fused": case.options["fused"]}, case.name), shared
 
 
-@check("TestLRScheduler")
+@check("TestLRScheduler", only=("default", "maximize", "non-default betas and eps", "Tensor lr"))
 def schedulers(case: Case) -> None:
     """Each of torch's schedulers drives it as it drives AdamW, and where blocks are elements, to the same weights."""
     known = {name for name in lr_scheduler.__all__ if name not in BASES}

@@ -19,7 +19,7 @@ from adam_mini_plugins.blocks.partition import TensorBlocks
 
 PARAMETERS = inspect.signature(AdamMini).parameters
 
-# How AdamMini may be set, each a line: what it has no argument for is left out, and comes in with the argument.
+# How AdamMini may be set, each a line.
 OPTION_SETS: list[tuple[str, dict[str, Any]]] = [
     ("default", {}),
     ("non-default lr", {"lr": 0.01}),
@@ -32,11 +32,12 @@ OPTION_SETS: list[tuple[str, dict[str, Any]]] = [
     ("Tensor lr and betas", {"lr": torch.tensor(0.001), "betas": (torch.tensor(0.9), torch.tensor([[0.99]]))}),
     ("low-precision momentum", {"state_dtype": "bfloat16"}),
     ("double momentum", {"state_dtype": torch.float64}),
-]
-CAPTURABLE: list[tuple[str, dict[str, Any]]] = [
+    ("stochastic rounding", {"stochastic_rounding": True, "seed": 5}),
     ("capturable", {"capturable": True}),
     ("capturable with Tensor lr", {"capturable": True, "lr": torch.tensor(0.001), "weight_decay": 0.1}),
 ]
+# Each setting by fused kernels, where there is one for a tensor, and by plain torch alone.
+WAYS: list[tuple[str, dict[str, Any]]] = [("", {"fused": None}), (" & plain torch", {"fused": False})]
 
 
 def blocks_of(shape: torch.Size, kind: str) -> Layout:
@@ -84,25 +85,20 @@ def _listed(params: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def option_sets(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
-    """The settings to test on a device, as torch's tests ask for them."""
-    on_device = OPTION_SETS + (CAPTURABLE if torch.device(device).type == "cuda" else [])
-    return [
-        OptimizerInput(params=None, kwargs=deepcopy(options), desc=name)
-        for name, options in on_device
-        if set(options) <= set(PARAMETERS)
-    ]
+    """The settings to test on a device, as torch's tests ask for them: on each the same."""
+    return [OptimizerInput(params=None, kwargs=deepcopy(options), desc=name) for name, options in OPTION_SETS]
 
 
 INFO = OptimizerInfo(
     Partitioned,
     optim_inputs_func=option_sets,
     optim_error_inputs_func=common_optimizers.optim_error_inputs_func_adamw,
-    supported_impls=tuple(flag for flag in ("foreach", "fused", "differentiable") if flag in PARAMETERS),
-    supports_fused_on=("cuda",),
+    supported_impls=("fused",),
+    supports_fused_on=("cpu", "cuda"),
     not_og_supported_flags=tuple(
         name for name in PARAMETERS if name not in ("params", "lr", "betas", "eps", "weight_decay", "partition")
     ),
-    has_capturable_arg="capturable" in PARAMETERS,
+    has_capturable_arg=True,
     supports_complex=False,
     supports_sparse=False,
 )
@@ -118,7 +114,7 @@ class Case:
 
     @property
     def setting(self) -> str:
-        """How the optimizer is set, by whichever implementation."""
+        """How the optimizer is set, whichever way it takes."""
         return self.name.partition(" & ")[0]
 
     @property
@@ -134,9 +130,12 @@ class Case:
 
 
 def cases(device: str) -> list[Case]:
-    """All settings on a device, those of each implementation that is offered there included."""
-    inputs = common_optimizers._get_optim_inputs_including_global_cliquey_kwargs(device, torch.float32, INFO)
-    return [Case(device, given.kwargs, given.desc) for given in inputs]
+    """All settings on a device, each in all ways."""
+    return [
+        Case(device, {**given.kwargs, **options}, given.desc + way)
+        for given in option_sets(device)
+        for way, options in WAYS
+    ]
 
 
 @dataclass
