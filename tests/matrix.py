@@ -31,6 +31,7 @@ FEATURES = {
     "fused": "fused qkv",
     "experts": "stacks of experts",
     "bf16": "bfloat16",
+    "offload": "offload to the CPU",
     "resume": "resume",
     "reshard": "resume on others",
     "state": "state, of AdamW's",

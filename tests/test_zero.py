@@ -60,21 +60,21 @@ def zero_2(optimizer: AdamMini, padding: int = 3) -> list[Tensor]:
     return flats
 
 
-def zero_3(optimizer: AdamMini, **options: Any) -> SimpleNamespace:
+def zero_3(optimizer: AdamMini, sub_groups: bool = False, **options: Any) -> SimpleNamespace:
     """The same of ZeRO-3: nothing in a parameter's place, and nothing in the groups but during a step."""
     engine = SimpleNamespace(swap_optimizer=False, grad_position={}, fp32_partitioned_groups_flat=[])
     vars(engine).update(options)
-    for number, group in enumerate(optimizer.param_groups):
-        offset = 0
-        engine.fp32_partitioned_groups_flat.append(
-            torch.cat([p.detach().flatten() for p in group["params"]]).requires_grad_()
-        )
-        for p in group["params"]:
-            p.ds_id, p.ds_shape, p.ds_process_group = len(engine.grad_position), p.shape, "dp"
-            p._z3_optimizer = engine
-            engine.grad_position[p.ds_id] = [number, offset, p.numel()]
-            offset += p.numel()
-            p.data = torch.empty(0)
+    flats = engine.fp32_partitioned_groups_flat
+    for group in optimizer.param_groups:
+        for together in [[p] for p in group["params"]] if sub_groups else [group["params"]]:
+            offset = 0
+            flats.append(torch.cat([p.detach().flatten() for p in together]).requires_grad_())
+            for p in together:
+                p.ds_id, p.ds_shape, p.ds_process_group = len(engine.grad_position), p.shape, "dp"
+                p._z3_optimizer = engine
+                engine.grad_position[p.ds_id] = [len(flats) - 1, offset, p.numel()]
+                offset += p.numel()
+                p.data = torch.empty(0)
         group["params"] = []
     return engine
 
@@ -132,6 +132,24 @@ def test_flat_tensors_step_as_the_parameters_that_they_hold(stage: int) -> None:
     assert memory.parameters == sum(len(p) for p in flats)
     assert memory.adamw_state_bytes == 2 * (2 * 4) * memory.parameters // 2 + 2 * 4
     assert memory.second_moment_scalars == 18 + 18
+
+
+def test_flat_tensors_that_take_turns_in_a_group_count_their_own_steps() -> None:
+    def in_turn(tensors: list[Tensor]) -> list[Tensor]:
+        return sorted(tensors, key=lambda tensor: -tensor.ndim)
+
+    module = model()
+    optimizer = optimizer_of(module)
+    flats = zero_3(optimizer, sub_groups=True).fp32_partitioned_groups_flat
+    for step in range(3):
+        for number, (p, grad) in enumerate(zip(flats, in_turn(gradients(step)), strict=True)):
+            group = optimizer.param_groups[number // 3]
+            p.grad, group["params"] = grad.flatten(), [p]
+            optimizer.step()
+            group["params"] = []
+    for p, expected in zip(flats, in_turn(alone(3)), strict=True):
+        torch.testing.assert_close(p.detach(), expected.flatten(), rtol=0, atol=1e-7)
+        assert optimizer.state[p]["step"] == 3
 
 
 def test_state_is_saved_and_loaded_with_the_flat_tensors() -> None:
