@@ -13,11 +13,21 @@ import pytest
 import torch
 from rich.console import Console
 
+import adam_mini_plugins
+from adam_mini_plugins import AdamMini
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.paper.__main__ import main
 from examples.paper.frame import Experiment, Result, Verdict, flag, run, write_table
+from examples.paper.hessian_mlp import HessianMLP, inside
+from examples.paper.leave_one_out import LeaveOneOut
+from examples.paper.memory import Memory
+from examples.paper.partition import PARTITIONS, PartitionAblation
 from examples.paper.preconditioner import Preconditioner, rotation
 from examples.paper.quadratic import Quadratic
+from examples.paper.reduction import ReducedAdamMini, Reduction
+from examples.paper.trajectory import Trajectory
+from examples.paper.value import Value
 
 QUIET = Console(quiet=True)
 
@@ -160,3 +170,121 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     table = (tmp_path / "README.md").read_text()
     assert "`python -m examples.paper quadratic --seeds 1 --steps 20`" in table
     assert "| not yet run |" in table
+
+
+def test_the_mass_of_an_mlp_lies_inside_its_neurons() -> None:
+    experiment = HessianMLP(seeds=1, inputs=8, width=4, samples=20, steps=4)
+    (result,) = measured(experiment)
+    assert result.found["step"] == [0, 1, 2, 4]
+    assert experiment.judge([result]).held
+
+    even = Result(result.case, {**result.found, "coupling": [torch.ones(4, 4).tolist()] * 4}, 0.0)
+    assert not experiment.judge([even]).held
+    assert inside(torch.ones(4, 4)) == 0.25
+
+
+def test_memory_is_what_plan_predicts() -> None:
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    experiment = Memory(models=("gpt2",))
+    (result,) = measured(experiment)
+    assert result.found["parameters"] == 124_439_808
+    assert result.found["state"]["AdamW"] == pytest.approx(8 * 124_439_808, rel=1e-5)
+    assert experiment.judge([result]).held
+    result.found["state"]["Adam-mini"] = result.found["state"]["AdamW"]
+    assert not experiment.judge([result]).held
+
+
+def llama() -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+
+
+def stepped(optimizer: type[AdamMini], **options: object) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The second moments and the weights after a step, by name."""
+    torch.manual_seed(0)
+    model = llama()
+    stepper = optimizer.for_model(model, lr=0.01, **options)
+    tokens = torch.arange(10).view(2, 5)
+    model(tokens, labels=tokens).loss.backward()
+    stepper.step()
+    moments = {name: stepper.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
+    return moments, {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_reductions_of_a_block() -> None:
+    expected, _ = stepped(AdamMini)
+    found, _ = stepped(ReducedAdamMini, reduction="mean")
+    for name, moment in expected.items():
+        torch.testing.assert_close(found[name], moment, rtol=1e-5, atol=1e-12)
+
+    oracles = {
+        "max": lambda squares: squares.amax((1, 2)),
+        "min": lambda squares: squares.amin((1, 2)),
+        "1-norm": lambda squares: squares.sum((1, 2)),
+        "2-norm": lambda squares: squares.square().sum((1, 2)).sqrt(),
+    }
+    query = "model.layers.0.self_attn.q_proj.weight"
+    for reduction, oracle in oracles.items():
+        moments, gradients = stepped(ReducedAdamMini, reduction=reduction)
+        heads = oracle(gradients[query].square().view(2, 4, 8))  # two heads of four rows
+        expected_rows = 0.001 * heads[:, None].expand(2, 4).reshape(8, 1)
+        torch.testing.assert_close(moments[query], expected_rows, rtol=1e-4, atol=0)
+
+
+def test_partitions_have_the_blocks_that_their_names_say() -> None:
+    model = llama()
+    count = {name: adam_mini_plugins.partition(model, **given).num_blocks() for name, given in PARTITIONS.items()}
+    assert count["one for the embedding"] == count["one for the head"] == count["the paper's"] - 10
+    assert count["one for embedding and head"] == count["the paper's"] - 20
+    assert count["embedding and head element-wise"] == count["the paper's"] + 2 * 11 * 7
+    assert count["query and key by neuron"] == count["the paper's"] + 2 * (8 - 2)
+    assert count["value as a whole"] == count["the paper's"] - 7
+    assert count["a block a tensor"] == len(list(model.parameters()))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    for number in range(40):
+        names = [f"name_{(number * 7 + k) % 11}" for k in range(30)]
+        (tmp_path / f"{number}.py").write_text("\n".join(f"def {name}({name}):\n    return {name}" for name in names))
+    return str(tmp_path)
+
+
+def test_trainings_in_small(text: str, tmp_path: Path) -> None:
+    """Each experiment that trains, from its flags to its verdict; at the same seed AdamW is the same in all."""
+    pytest.importorskip("pytorch_optimizer", reason="the examples extra is not installed")
+    small = {"seeds": 1, "steps": 4, "dataset": text}
+    rivals = ("Adam-mini", "Adafactor", "CAME", "SM3", "Lion", "LAMB")
+    experiments = (
+        PartitionAblation(**small, lrs=(1e-3,)),
+        Reduction(**small, lrs=(1e-3,), reductions=("mean", "1-norm")),
+        Value(**small, lengths=2),
+        LeaveOneOut(**small, blocks=1, factors=(1.0,)),
+        Trajectory(**small, lr=1e-3, checkpoints=2, optimizers=rivals),
+    )
+    found = {}
+    for experiment in experiments:
+        run(experiment, tmp_path / "out", False, QUIET)
+        record = json.loads((tmp_path / "out" / f"{experiment.name}.json").read_text())
+        found[experiment.name] = [(result["case"], result["found"]) for result in record["results"]]
+        assert (tmp_path / "out" / f"{experiment.name}.png").stat().st_size > 10_000
+
+    adamw = [
+        measured["validation"]
+        for name in ("partition", "reduction", "value")
+        for case, measured in found[name]
+        if case["name"] == "AdamW" and case["steps"] == 4
+    ]
+    assert len(adamw) == 3
+    assert adamw[0] == adamw[1] == adamw[2]
+    mean, ours = (
+        next(measured["validation"] for case, measured in found[name] if case["name"] == label)
+        for name, label in (("reduction", "mean"), ("partition", "the paper's"))
+    )
+    assert mean == pytest.approx(ours, rel=1e-4)
+    assert all(losses[-1][1] < losses[0][1] for losses in (*adamw, ours))
+    for case, measured in found["trajectory"]:
+        assert case["name"] in rivals
+        assert measured["step"] == [2, 4]
+        assert all(0 < one < 3 * gone for one, gone in zip(measured["distance"], measured["travelled"]))
