@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 LIBRARIES = ("torch", "transformers", "pytorch_optimizer")
-DIGITS = 6  # that are kept of a float: losses in a file that people read
+DIGITS = 5  # that are kept of a float: losses in a file that people read
 STYLE = ["tableau-colorblind10", {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}]
 
 Case = dict[str, Any]
@@ -113,7 +113,7 @@ def run(experiment: Experiment, folder: Path, fresh: bool, console: Console) -> 
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(experiment.name, total=len(cases), completed=len(cases) - len(left))
         for case in left:
-            label = ", ".join(f"{name} {value}" for name, value in case.items())
+            label = ", ".join(f"{name} {value}" for name, value in case.items() if value != "")
             bar.update(task, description=f"{experiment.name}: {label}")
             began = time.perf_counter()
             found = experiment.measure(case)
@@ -172,7 +172,8 @@ def write_table(experiments: Iterable[type[Experiment]], folder: Path) -> Path:
                 "",
                 f"![{experiment.claim}]({experiment.name}.png)",
             ]
-        lines.append("| " + " | ".join([name, experiment.shows, experiment.claim, *row]) + " |")
+        cells = (cell.replace("|", "\\|") for cell in (name, experiment.shows, experiment.claim, *row))
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Machines:", "", *(f"{number}. {machine}" for number, machine in enumerate(machines, 1))]
     target = folder / "README.md"
     target.write_text("\n".join([*lines, *pictures]) + "\n")

@@ -86,7 +86,7 @@ class HessianTransformer(Experiment):
             mass = torch.tensor(results[0].found[part]["mass"])
             image = heat(axis, (mass / mass.max()).clamp(min=1e-3).log10(), vmin=-3, vmax=0)
             axis.set(title=part.split(".")[1], xlabel="output row")
-        figure.colorbar(image, ax=axes[:, -1], label="log10 of |d2 loss| by pair\nof rows, largest = 0")
+        figure.colorbar(image, ax=axes[:, -1], label="log10 of |d2 loss| by pair of rows, largest = 0")
         axis = axes[1, 3]
         for place, part in enumerate(PARTS):
             for key, colour, marker in (("kappa", "C0", "o"), ("adam", "C5", "s")):
@@ -96,7 +96,7 @@ class HessianTransformer(Experiment):
         axis.set(xscale="log", title="first dense block", yticks=range(len(PARTS)))
         axis.set_yticklabels([part.split(".")[1].removesuffix("_proj") for part in PARTS], fontsize=7)
         axis.invert_yaxis()
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=7, loc="lower right")
         return figure
 
     def judge(self, results: Sequence[Result]) -> Verdict:
@@ -107,10 +107,13 @@ class HessianTransformer(Experiment):
             for part in PARTS
         }
         worse = [median(values) > 1 for values in ratios.values()]
-        contrasts = [f"{part.split('.')[1]} {spread(_contrast(r, part) for r in results)}" for part in PARTS]
-        said = ", ".join(f"{part} {spread(values)}" for part, values in ratios.items())
-        line = f"dense as claimed in {sum(right)} of {len(right)} tensors, |d2 loss| inside the blocks over outside: "
-        return Verdict(all(right) and all(worse), f"{line}{', '.join(contrasts)}; kappa(D H) / kappa(H): {said}")
+        contrasts = [f"{part.split('.')[1]} {median(_contrast(r, part) for r in results):.2g}" for part in PARTS]
+        every = spread(ratio for values in ratios.values() for ratio in values)
+        return Verdict(
+            all(right) and all(worse),
+            f"dense as claimed in {sum(right)} of {len(right)} tensors; mean second derivative inside the blocks over that "
+            f"outside: {', '.join(contrasts)}; kappa(D H) / kappa(H) {every} over tensors and seeds",
+        )
 
 
 def _contrast(result: Result, part: str) -> float:
