@@ -20,12 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.paper.__main__ import main
 from examples.paper.frame import Experiment, Result, Verdict, flag, run, write_table
 from examples.paper.hessian_mlp import HessianMLP, inside
+from examples.paper.hessian_transformer import PARTS, HessianTransformer, first_rows
 from examples.paper.leave_one_out import LeaveOneOut
 from examples.paper.memory import Memory
 from examples.paper.partition import PARTITIONS, PartitionAblation
 from examples.paper.preconditioner import Preconditioner, rotation
 from examples.paper.quadratic import Quadratic
 from examples.paper.reduction import ReducedAdamMini, Reduction
+from examples.paper.spectra import adam_preconditioner, condition
 from examples.paper.trajectory import Trajectory
 from examples.paper.value import Value
 
@@ -181,6 +183,36 @@ def test_the_mass_of_an_mlp_lies_inside_its_neurons() -> None:
     even = Result(result.case, {**result.found, "coupling": [torch.ones(4, 4).tolist()] * 4}, 0.0)
     assert not experiment.judge([even]).held
     assert inside(torch.ones(4, 4)) == 0.25
+
+
+def test_the_first_rows_have_the_hessian_that_the_loss_is_made_of() -> None:
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    hessian = torch.randn(12, 12, dtype=torch.float64)
+    hessian = hessian + hessian.T
+    gradient, second = first_rows(weight.flatten() @ hessian @ weight.flatten() / 2, weight, 2)
+    torch.testing.assert_close(gradient, (hessian @ weight.detach().flatten())[:8])
+    torch.testing.assert_close(second, hessian[:8, :8])
+
+    rates = adam_preconditioner(gradient)
+    expected = np.linalg.cond(np.diag(1 / np.abs(gradient.numpy())) @ hessian[:8, :8].numpy())
+    assert condition(second, rates).item() == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_blocks_of_a_transformer_are_judged_by_what_lies_inside() -> None:
+    experiment = HessianTransformer(width=8, heads=2, neurons=8)
+    (case, *_) = experiment.cases()
+    head, neuron = torch.block_diag(torch.ones(4, 4), torch.ones(4, 4)), torch.eye(8)
+    kappas = {"kappa": 2.0, "adam": 3.0}
+
+    def found(query: torch.Tensor, rest: torch.Tensor) -> list[Result]:
+        masses = {part: query if level == "head" else rest for part, level in PARTS.items()}
+        return [Result(case, {p: {"mass": (m + 0.1).tolist(), **kappas} for p, m in masses.items()}, 0.0)]
+
+    assert experiment.judge(found(head, neuron)).held
+    assert not experiment.judge(found(head, torch.ones(8, 8))).held
+    assert not experiment.judge(found(torch.ones(8, 8), neuron)).held
+    kappas["adam"] = 1.0
+    assert not experiment.judge(found(head, neuron)).held
 
 
 def test_memory_is_what_plan_predicts() -> None:

