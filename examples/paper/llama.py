@@ -82,6 +82,9 @@ class Comparison(LlamaExperiment):
             axis.set(title=f"learning rate {lr:g}", xlabel="optimizer step")
             axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
+        start = max(r.found["validation"][0][1] for r in results)
+        least = min(point(loss) for r in results for _, loss in r.found["validation"] if loss is not None)
+        figure.axes[0].set_ylim(least - 0.05 * (start - least), start)  # what has diverged leaves the picture
         figure.axes[0].set_ylabel("validation loss (nats/token)")
         return figure
 

@@ -59,6 +59,7 @@ class Value(LlamaExperiment):
         axes.axhline(0, color="black", lw=0.8, ls=":")
         axes.set(xscale="log", xlabel="steps of the training", ylabel="final loss less AdamW's (nats/token)")
         axes.set_xticks(self.lasting(), map(str, self.lasting()), minor=False)
+        axes.minorticks_off()
         axes.set_title("Value by neuron and as a whole")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
