@@ -1,0 +1,28 @@
+"""All experiments, in the order of the table."""
+
+from __future__ import annotations
+
+from .frame import Experiment
+from .hessian_mlp import HessianMLP
+from .hessian_transformer import HessianTransformer
+from .leave_one_out import LeaveOneOut
+from .memory import Memory
+from .partition import PartitionAblation
+from .preconditioner import Preconditioner
+from .quadratic import Quadratic
+from .reduction import Reduction
+from .trajectory import Trajectory
+from .value import Value
+
+EXPERIMENTS: tuple[type[Experiment], ...] = (
+    Quadratic,
+    Preconditioner,
+    HessianMLP,
+    HessianTransformer,
+    LeaveOneOut,
+    PartitionAblation,
+    Reduction,
+    Value,
+    Trajectory,
+    Memory,
+)

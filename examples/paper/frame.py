@@ -1,0 +1,255 @@
+"""What experiments have in common: flags, cases that are measured one at a time, a verdict, a line of the table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+LIBRARIES = ("torch", "transformers", "pytorch_optimizer")
+DIGITS = 5  # that are kept of a float: losses in a file that people read
+STYLE = ["tableau-colorblind10", {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}]
+
+Case = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one case, and the seconds that it took."""
+
+    case: Case
+    found: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the claim held, and the figures that say so in one line."""
+
+    held: bool
+    line: str
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field that is an option of the command line; a tuple takes several values."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Experiment(ABC):
+    """One claim of the paper. The fields are its flags.
+
+    A case is all that a measurement depends on, as plain values: with machine and versions it says what was measured,
+    and what is drawn and judged comes from the file alone.
+    """
+
+    name: ClassVar[str]
+    shows: ClassVar[str]  # the paper's figure or table
+    claim: ClassVar[str]
+
+    @abstractmethod
+    def cases(self) -> list[Case]:
+        """The cases, in the order in which they are measured."""
+
+    @abstractmethod
+    def measure(self, case: Case) -> dict[str, Any]:
+        """Measures one case."""
+
+    @abstractmethod
+    def draw(self, results: Sequence[Result]) -> Figure:
+        """The picture of all cases."""
+
+    @abstractmethod
+    def judge(self, results: Sequence[Result]) -> Verdict:
+        """Whether the claim held in them."""
+
+    @property
+    def command(self) -> str:
+        """What to type for these flags."""
+        given = []
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value != option.default:
+                values = value if isinstance(value, tuple) else (value,)
+                given += [f"--{option.name.replace('_', '-')}", *map(str, values)]
+        return " ".join(["python -m examples.paper", self.name, *given])
+
+
+def run(experiment: Experiment, folder: Path, fresh: bool, console: Console) -> Verdict:
+    """Measures the cases that the folder doesn't have yet; then draws, judges and writes the table's line.
+
+    Raises:
+        SystemExit: The folder holds what other flags or another machine have measured.
+    """
+    path = folder / f"{experiment.name}.json"
+    record = _record(experiment)
+    old = json.loads(path.read_text()) if path.exists() and not fresh else {"results": []}
+    kept = {_key(result["case"]): Result(**result) for result in old["results"]}
+    cases = experiment.cases()
+    left = [case for case in cases if _key(case) not in kept]
+    if kept.keys() - {_key(case) for case in cases}:
+        raise SystemExit(f"{path} holds cases of other flags ({old['command']}): --fresh drops them, or --output-dir")
+    if kept and left and old["environment"] != record["environment"]:
+        raise SystemExit(f"{path} was begun on another machine or with other versions: --fresh begins anew")
+    if kept:
+        record["environment"] = old["environment"]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(experiment.name, total=len(cases), completed=len(cases) - len(left))
+        for case in left:
+            label = ", ".join(f"{name} {value}" for name, value in case.items() if value != "")
+            bar.update(task, description=f"{experiment.name}: {label}")
+            began = time.perf_counter()
+            found = experiment.measure(case)
+            result = Result(case, _rounded(found), round(time.perf_counter() - began, 1))
+            kept[_key(case)] = result
+            console.print(f"{experiment.name}: {label}  ({result.seconds:.0f} s)", highlight=False, style="dim")
+            bar.advance(task)
+            _write(path, {**record, "results": [asdict(r) for r in kept.values()]})
+
+    results = [kept[_key(case)] for case in cases]
+    verdict = experiment.judge(results)
+    seconds = sum(result.seconds for result in results)
+    record.update(verdict=asdict(verdict), minutes=round(seconds / 60, 1))
+    _write(path, {**record, "results": [asdict(result) for result in results]})
+    plt.switch_backend("Agg")
+    with plt.style.context(STYLE):
+        figure = experiment.draw(results)
+        figure.savefig(folder / f"{experiment.name}.png", dpi=150)
+        plt.close(figure)
+    console.print(f"{experiment.name}: {_said(verdict)} {verdict.line}", highlight=False)
+    return verdict
+
+
+def write_table(experiments: Iterable[type[Experiment]], folder: Path) -> Path:
+    """Writes the summary of what the folder holds, a line an experiment."""
+    machines: list[str] = []
+    lines = [
+        "# The paper's claims",
+        "",
+        "Written by `python -m examples.paper`; each figure comes from the command beside it. Median (least to most) "
+        "over seeds.",
+        "",
+        "| name | paper | claim | held | seeds | minutes | command | machine |",
+        "| --- | --- | --- | --- | ---: | ---: | --- | ---: |",
+    ]
+    pictures = []
+    for experiment in experiments:
+        path = folder / f"{experiment.name}.json"
+        record = json.loads(path.read_text()) if path.exists() else {"results": []}
+        if "verdict" not in record:
+            said = f"stopped after {len(record['results'])} cases" if record["results"] else "not yet run"
+            row = [said, "", "", f"`python -m examples.paper {experiment.name}`", ""]
+            name = experiment.name
+        else:
+            seeds = {result["case"]["seed"] for result in record["results"] if "seed" in result["case"]}
+            machine = _machine(record["environment"])
+            if machine not in machines:
+                machines.append(machine)
+            verdict = Verdict(**record["verdict"])
+            row = [f"{_said(verdict)} {verdict.line}", str(len(seeds) or ""), f"{record['minutes']:.1f}"]
+            row += [f"`{record['command']}`", str(machines.index(machine) + 1)]
+            name = f"[{experiment.name}]({experiment.name}.json)"
+            pictures += [
+                "",
+                f"## {experiment.name}: {experiment.shows}",
+                "",
+                f"![{experiment.claim}]({experiment.name}.png)",
+            ]
+        cells = (cell.replace("|", "\\|") for cell in (name, experiment.shows, experiment.claim, *row))
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Machines:", "", *(f"{number}. {machine}" for number, machine in enumerate(machines, 1))]
+    target = folder / "README.md"
+    target.write_text("\n".join([*lines, *pictures]) + "\n")
+    return target
+
+
+def median(values: Iterable[float]) -> float:
+    """The median; a run that has diverged counts as infinite."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def spread(values: Iterable[float], form: str = ".3g") -> str:
+    """Median, least and most as text."""
+    values = list(values)
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def options(experiment: type[Experiment]) -> list[tuple[str, dict[str, Any]]]:
+    """The flags of an experiment, as ``add_argument`` takes them."""
+    found = []
+    for option in fields(experiment):
+        default, text = option.default, option.metadata["help"]
+        assert default is not MISSING
+        one = default[0] if isinstance(default, tuple) else default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        kind: dict[str, Any] = {"type": type(one), "default": default, "help": f"{text} (default: {shown})"}
+        if isinstance(default, tuple):
+            kind["nargs"] = "+"
+        found.append((f"--{option.name.replace('_', '-')}", kind))
+    return found
+
+
+def _said(verdict: Verdict) -> str:
+    return "**yes:**" if verdict.held else "**no:**"
+
+
+def _key(case: Case) -> str:
+    return json.dumps(case, sort_keys=True)
+
+
+def _record(experiment: Experiment) -> dict[str, Any]:
+    environment = {
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{library: version(library) for library in (*LIBRARIES, "adam-mini-plugins")},
+    }
+    return {"experiment": experiment.name, "command": experiment.command, "environment": environment}
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    """One line of text for it."""
+    versions = [f"{name} {environment[name]}" for name in ("python", *LIBRARIES, "adam-mini-plugins")]
+    cores = f"{environment['device']}, {environment['cpu_cores']} cores, {environment['threads']} threads"
+    return f"{environment['platform']} ({cores}); {', '.join(versions)}"
+
+
+def _rounded(value: Any) -> Any:
+    """The value with floats of a few digits, and ``None`` where one isn't finite, as JSON has no word for it."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """Writes all or nothing: whoever stops a run finds the cases that were complete. A result takes a line."""
+    results = ",\n".join(json.dumps(result) for result in record["results"])
+    head = json.dumps({key: value for key, value in record.items() if key != "results"}, indent=2)
+    text = f'{head[:-2]},\n  "results": [\n{results}\n  ]\n}}\n'
+    json.loads(text)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text)
+    unfinished.replace(path)

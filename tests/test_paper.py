@@ -1,0 +1,325 @@
+"""The paper's experiments, in small: the two exact claims, the judges against closed forms, stopping and resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import adam_mini_plugins
+from adam_mini_plugins import AdamMini
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from examples.paper.__main__ import main
+from examples.paper.frame import Experiment, Result, Verdict, flag, run, write_table
+from examples.paper.hessian_mlp import HessianMLP, inside
+from examples.paper.hessian_transformer import PARTS, HessianTransformer, first_rows
+from examples.paper.leave_one_out import LeaveOneOut
+from examples.paper.memory import Memory
+from examples.paper.partition import PARTITIONS, PartitionAblation
+from examples.paper.preconditioner import Preconditioner, rotation
+from examples.paper.quadratic import Quadratic
+from examples.paper.reduction import ReducedAdamMini, Reduction
+from examples.paper.spectra import adam_preconditioner, condition
+from examples.paper.trajectory import Trajectory
+from examples.paper.value import Value
+
+QUIET = Console(quiet=True)
+
+
+def measured(experiment: Experiment) -> list[Result]:
+    return [Result(case, experiment.measure(case), 0.0) for case in experiment.cases()]
+
+
+def test_blockwise_rates_beat_adam_and_inside_each_block_one_rate_does() -> None:
+    experiment = Quadratic(seeds=3, steps=100)
+    results = measured(experiment)
+
+    assert experiment.judge(results).held
+    for result in results:
+        # The error shrinks by (kappa - 1) / (kappa + 1) a step under one optimal rate.
+        for problem, kappa in (("whole", 5000), ("block 1", 3), ("block 2", 101 / 99), ("block 3", 5000 / 4998)):
+            contraction = result.found[problem]["single"]["contraction"]
+            assert contraction == pytest.approx((kappa - 1) / (kappa + 1), rel=1e-6)
+        whole = {method: figures["loss"][-1] for method, figures in result.found["whole"].items()}
+        assert whole["blockwise"] < 1e-50 < whole["adam"] < 1
+        for n in (1, 2, 3):
+            block = {method: figures["loss"][-1] for method, figures in result.found[f"block {n}"].items()}
+            assert block["single"] < 1e-50 < block["adam"] < 1
+
+
+def test_the_claim_of_the_quadratic_is_not_held_by_what_contradicts_it() -> None:
+    experiment = Quadratic(seeds=1, steps=20)
+    (result,) = measured(experiment)
+    block = result.found["block 2"]
+    block["adam"], block["single"] = block["single"], block["adam"]
+    assert not experiment.judge([result]).held
+
+
+def test_the_preconditioner_helps_less_the_denser_a_block_is() -> None:
+    experiment = Preconditioner(seeds=1, dimensions=(8, 12), kappas=(500.0,), dimension=12, angles=8, points=8)
+    results = measured(experiment)
+
+    verdict = experiment.judge(results)
+    assert verdict.held
+    assert "in 2 of 2 families" in verdict.line
+    for result in results:
+        assert result.found["tau"][0] == 1  # not turned at all: diagonal
+        assert result.found["r"][0] < 0.2 < 1 < result.found["r"][-1]
+        result.found["r"].reverse()
+    assert not experiment.judge(results).held
+
+
+def test_the_basis_is_the_product_of_the_rotations() -> None:
+    d = 5
+    theta = (torch.rand(1, d, d, dtype=torch.float64) - 0.5) * math.pi
+    expected = np.eye(d)
+    for i in range(d):
+        for j in range(i + 1, d):
+            turn = np.eye(d)
+            cos, sin = math.cos(theta[0, i, j]), math.sin(theta[0, i, j])
+            turn[np.ix_((i, j), (i, j))] = [[cos, sin], [-sin, cos]]
+            expected = turn @ expected
+    np.testing.assert_allclose(rotation(theta)[0], expected, atol=1e-14)
+
+
+@dataclass(frozen=True)
+class Counted(Experiment):
+    """Squares; notes what it has measured, and stops where it is told to."""
+
+    name = "counted"
+    shows = "Figure 0"
+    claim = "squares grow"
+    seeds: int = flag(3, "how many")
+    power: float = flag(2.0, "of them")
+    log = []
+    stop_at = None
+
+    def cases(self):
+        return [{"seed": seed, "power": self.power} for seed in range(self.seeds)]
+
+    def measure(self, case):
+        if case["seed"] == self.stop_at:
+            raise KeyboardInterrupt
+        self.log.append(case["seed"])
+        return {"value": case["seed"] ** case["power"], "none": math.inf}
+
+    def draw(self, results):
+        from matplotlib import pyplot as plt
+
+        return plt.figure(figsize=(1, 1))
+
+    def judge(self, results):
+        values = [result.found["value"] for result in results]
+        return Verdict(values == sorted(values), f"{values}")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    monkeypatch.setattr(Counted, "log", [])
+    return Counted.log
+
+
+def test_what_was_stopped_goes_on_where_it_stopped(
+    tmp_path: Path, log: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Counted, "stop_at", 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(Counted(), tmp_path, False, QUIET)
+    assert "stopped after 2 cases" in write_table([Counted], tmp_path).read_text()
+
+    monkeypatch.setattr(Counted, "stop_at", None)
+    run(Counted(), tmp_path, False, QUIET)
+    assert log == [0, 1, 2]
+    run(Counted(seeds=4), tmp_path, False, QUIET)
+    assert log == [0, 1, 2, 3]
+
+    record = json.loads((tmp_path / "counted.json").read_text())
+    assert [result["found"] for result in record["results"]] == [{"value": v, "none": None} for v in (0, 1, 4, 9)]
+    table = write_table([Counted], tmp_path).read_text()
+    assert "| squares grow | **yes:** [0.0, 1.0, 4.0, 9.0] | 4 |" in table
+    assert "`python -m examples.paper counted --seeds 4`" in table
+    assert f"torch {torch.__version__}" in table
+
+
+def test_results_of_other_flags_or_machines_are_not_mixed(tmp_path: Path, log: list[int]) -> None:
+    run(Counted(), tmp_path, False, QUIET)
+    with pytest.raises(SystemExit, match="cases of other flags"):
+        run(Counted(power=3.0), tmp_path, False, QUIET)
+
+    path = tmp_path / "counted.json"
+    record = json.loads(path.read_text())
+    record["environment"]["torch"] = "another"
+    path.write_text(json.dumps(record))
+    run(Counted(), tmp_path, False, QUIET)  # nothing is left to measure: judged and drawn anew
+    with pytest.raises(SystemExit, match="another machine"):
+        run(Counted(seeds=4), tmp_path, False, QUIET)
+    assert json.loads(path.read_text())["environment"]["torch"] == "another"
+    run(Counted(power=3.0), tmp_path, True, QUIET)
+    assert log == [0, 1, 2, 0, 1, 2]
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    main(["quadratic", "--seeds", "1", "--steps", "20", "--output-dir", str(tmp_path)])
+    assert (tmp_path / "quadratic.png").stat().st_size > 10_000
+    table = (tmp_path / "README.md").read_text()
+    assert "`python -m examples.paper quadratic --seeds 1 --steps 20`" in table
+    assert "| not yet run |" in table
+
+
+def test_the_mass_of_an_mlp_lies_inside_its_neurons() -> None:
+    experiment = HessianMLP(seeds=1, inputs=8, width=4, samples=20, steps=4)
+    (result,) = measured(experiment)
+    assert result.found["step"] == [0, 1, 2, 4]
+    assert experiment.judge([result]).held
+
+    even = Result(result.case, {**result.found, "coupling": [torch.ones(4, 4).tolist()] * 4}, 0.0)
+    assert not experiment.judge([even]).held
+    assert inside(torch.ones(4, 4)) == 0.25
+
+
+def test_the_first_rows_have_the_hessian_that_the_loss_is_made_of() -> None:
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    hessian = torch.randn(12, 12, dtype=torch.float64)
+    hessian = hessian + hessian.T
+    gradient, second = first_rows(weight.flatten() @ hessian @ weight.flatten() / 2, weight, 2)
+    torch.testing.assert_close(gradient, (hessian @ weight.detach().flatten())[:8])
+    torch.testing.assert_close(second, hessian[:8, :8])
+
+    rates = adam_preconditioner(gradient)
+    expected = np.linalg.cond(np.diag(1 / np.abs(gradient.numpy())) @ hessian[:8, :8].numpy())
+    assert condition(second, rates).item() == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_blocks_of_a_transformer_are_judged_by_what_lies_inside() -> None:
+    experiment = HessianTransformer(width=8, heads=2, neurons=8)
+    (case, *_) = experiment.cases()
+    head, neuron = torch.block_diag(torch.ones(4, 4), torch.ones(4, 4)), torch.eye(8)
+    kappas = {"kappa": 2.0, "adam": 3.0}
+
+    def found(query: torch.Tensor, rest: torch.Tensor) -> list[Result]:
+        masses = {part: query if level == "head" else rest for part, level in PARTS.items()}
+        return [Result(case, {p: {"mass": (m + 0.1).tolist(), **kappas} for p, m in masses.items()}, 0.0)]
+
+    assert experiment.judge(found(head, neuron)).held
+    assert not experiment.judge(found(head, torch.ones(8, 8))).held
+    assert not experiment.judge(found(torch.ones(8, 8), neuron)).held
+    kappas["adam"] = 1.0
+    assert not experiment.judge(found(head, neuron)).held
+
+
+def test_memory_is_what_plan_predicts() -> None:
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    experiment = Memory(models=("gpt2",))
+    (result,) = measured(experiment)
+    assert result.found["parameters"] == 124_439_808
+    assert result.found["state"]["AdamW"] == pytest.approx(8 * 124_439_808, rel=1e-5)
+    assert experiment.judge([result]).held
+    result.found["state"]["Adam-mini"] = result.found["state"]["AdamW"]
+    assert not experiment.judge([result]).held
+
+
+def llama() -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+
+
+def stepped(optimizer: type[AdamMini], **options: object) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The second moments and the weights after a step, by name."""
+    torch.manual_seed(0)
+    model = llama()
+    stepper = optimizer.for_model(model, lr=0.01, **options)
+    tokens = torch.arange(10).view(2, 5)
+    model(tokens, labels=tokens).loss.backward()
+    stepper.step()
+    moments = {name: stepper.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
+    return moments, {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_reductions_of_a_block() -> None:
+    expected, _ = stepped(AdamMini)
+    found, _ = stepped(ReducedAdamMini, reduction="mean")
+    for name, moment in expected.items():
+        torch.testing.assert_close(found[name], moment, rtol=1e-5, atol=1e-12)
+
+    oracles = {
+        "max": lambda squares: squares.amax((1, 2)),
+        "min": lambda squares: squares.amin((1, 2)),
+        "1-norm": lambda squares: squares.sum((1, 2)),
+        "2-norm": lambda squares: squares.square().sum((1, 2)).sqrt(),
+    }
+    query = "model.layers.0.self_attn.q_proj.weight"
+    for reduction, oracle in oracles.items():
+        moments, gradients = stepped(ReducedAdamMini, reduction=reduction)
+        heads = oracle(gradients[query].square().view(2, 4, 8))  # two heads of four rows
+        expected_rows = 0.001 * heads[:, None].expand(2, 4).reshape(8, 1)
+        torch.testing.assert_close(moments[query], expected_rows, rtol=1e-4, atol=0)
+
+
+def test_partitions_have_the_blocks_that_their_names_say() -> None:
+    model = llama()
+    count = {name: adam_mini_plugins.partition(model, **given).num_blocks() for name, given in PARTITIONS.items()}
+    assert count["one for the embedding"] == count["one for the head"] == count["the paper's"] - 10
+    assert count["one for embedding and head"] == count["the paper's"] - 20
+    assert count["embedding and head element-wise"] == count["the paper's"] + 2 * 11 * 7
+    assert count["query and key by neuron"] == count["the paper's"] + 2 * (8 - 2)
+    assert count["value as a whole"] == count["the paper's"] - 7
+    assert count["a block a tensor"] == len(list(model.parameters()))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    for number in range(40):
+        names = [f"name_{(number * 7 + k) % 11}" for k in range(30)]
+        (tmp_path / f"{number}.py").write_text("\n".join(f"def {name}({name}):\n    return {name}" for name in names))
+    return str(tmp_path)
+
+
+def test_trainings_in_small(text: str, tmp_path: Path) -> None:
+    """Each experiment that trains, from its flags to its verdict; at the same seed AdamW is the same in all."""
+    pytest.importorskip("pytorch_optimizer", reason="the examples extra is not installed")
+    small = {"seeds": 1, "steps": 4, "dataset": text}
+    rivals = ("AdamW", "Adam-mini", "Adafactor", "CAME", "SM3", "Lion", "LAMB")
+    experiments = (
+        PartitionAblation(**small, lrs=(1e-3,)),
+        Reduction(**small, lrs=(1e-3,), reductions=("mean", "1-norm")),
+        Value(**small, lengths=2),
+        LeaveOneOut(**small, blocks=1, factors=(1.0,)),
+        Trajectory(**small, lr=1e-3, checkpoints=2, optimizers=rivals),
+    )
+    found = {}
+    for experiment in experiments:
+        run(experiment, tmp_path / "out", False, QUIET)
+        record = json.loads((tmp_path / "out" / f"{experiment.name}.json").read_text())
+        found[experiment.name] = [(result["case"], result["found"]) for result in record["results"]]
+        assert (tmp_path / "out" / f"{experiment.name}.png").stat().st_size > 10_000
+
+    adamw = [
+        measured["validation"]
+        for name in ("partition", "reduction", "value")
+        for case, measured in found[name]
+        if case["name"] == "AdamW" and case["steps"] == 4
+    ]
+    assert len(adamw) == 3
+    assert adamw[0] == adamw[1] == adamw[2]
+    mean, ours = (
+        next(measured["validation"] for case, measured in found[name] if case["name"] == label)
+        for name, label in (("reduction", "mean"), ("partition", "the paper's"))
+    )
+    torch.testing.assert_close(torch.tensor(mean), torch.tensor(ours), rtol=1e-4, atol=0)
+    assert all(losses[-1][1] < losses[0][1] for losses in (*adamw, ours))
+    for case, measured in found["trajectory"]:
+        assert measured["step"] == [2, 4]
+        assert 0 < measured["travelled"][0] < measured["travelled"][1]
+        if case["name"] == "AdamW":
+            assert measured["distance"] == [0, 0]
+        else:
+            assert all(0 < distance < math.inf for distance in measured["distance"])
