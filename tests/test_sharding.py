@@ -256,8 +256,7 @@ def test_lightning(processes: int, tmp_path: Path, proves: Proves) -> None:
         assert of_strategy["adam_mini resumed"] <= (0.0 if exact else CLOSE)
     for name in LIGHTNING.keys() & figures.keys():
         close_to_one_process(figures[name])
-        if processes == 2:
-            proves(LIGHTNING[name], "plain", "resume", processes=processes)
+        proves(LIGHTNING[name], "plain", "resume", processes=processes)
 
 
 def test_the_example_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
