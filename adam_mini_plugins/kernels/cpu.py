@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -206,8 +206,7 @@ class Table:
         call.grads = addresses.buffer_info()[0]
         call.lr, call.beta1, call.beta2, call.weight_decay, call.eps = lr, beta1, beta2, weight_decay, eps
         call.maximize = maximize
-        kernel = library()
-        assert kernel is not None, "tables are made for tensors that the kernel supports"
+        kernel: Any = library()  # tables are made for tensors that it supports
         kernel.adam_mini_step(ctypes.byref(call), torch.get_num_threads(), _parallel())
         torch.autograd.graph.increment_version(self._written)
 
@@ -226,9 +225,8 @@ class _Work:
 
     def add(self, number: int, layout: Layout, shape: Sequence[int], given: bool) -> bool:
         """Adds the tasks of one tensor; tells whether its second moments have to be made before they start."""
-        runs = _runs(layout, shape)
-        assert runs is not None, "tables are made for tensors that the kernel supports"
-        outer, length, inner = runs
+        # Tables are made for tensors that the kernel supports.
+        outer, length, inner = cast(tuple[int, int, int], _runs(layout, shape))
         if length == 1 and layout.is_each_row and not given:
             for start, size in _cut(0, outer * inner, _TASK):
                 self.updates.extend((_ELEMENTS, number, start, start, 1, 1, size, 0))
