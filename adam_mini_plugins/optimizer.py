@@ -422,13 +422,8 @@ class AdamMini(Optimizer):
                         seed_of_tensor(seeds[p], number) if number else seeds[p] for number in range(len(parts))
                     ]
             members = Members(*map(list, zip(*rows))) if rows else Members(*([] for _ in Members._fields))
-            # None of a tensor's elements may be here, but second moments that others have too, and kernels pass it by.
-            empty = [not p.numel() and known is not None for p, known in zip(members.params, members.block_means)]
-            for is_empty in {False, *empty}:
-                at = [i for i, it in enumerate(empty) if it == is_empty]
-                fused, of_these = False if is_empty else group["fused"], members.at(at)
-                of_at = [of_parts[i] for i in at] if group["stochastic_rounding"] else []
-                found.append((group, Plan(of_these, [names[i] for i in at], fused, of_at), of_these))
+            plan = Plan(members, names, group["fused"], of_parts if group["stochastic_rounding"] else [])
+            found.append((group, plan, members))
         return found
 
     def _parts(

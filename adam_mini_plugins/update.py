@@ -115,8 +115,8 @@ def _update(
     means: Tensor | None,
     rates: _Rates,
 ) -> None:
-    # Its views say where in the tensor their elements are.
-    places = torch.empty(param.shape, device="meta")
+    # Its views say where in the tensor their elements are, which only rounding at random needs to know.
+    places = param if rates.rounding_key is None else torch.empty(param.shape, device="meta")
     if means is None and layout.is_each_row:
         # A row needs nothing but itself: the whole step is done while its gradient is in the cache.
         for p, g, m, v, place in _chunks(layout.axes, param, grad, exp_avg, exp_avg_sq, places):
@@ -174,14 +174,15 @@ def _scaled_denominator(exp_avg_sq: Tensor, rates: _Rates) -> Tensor:
 def _descend(param: Tensor, grad: Tensor, exp_avg: Tensor, denominator: Tensor, place: Tensor, rates: _Rates) -> None:
     """Updates momentum and parameter in the denominator's dtype."""
     dtype = denominator.dtype
-    # Where the dtypes are alike, to() gives back the tensor itself and copy_() onto itself does nothing.
+    # Where the dtypes are alike, to() gives back the tensor itself, and there is nothing to copy back.
     m = exp_avg.to(dtype).lerp_((-grad if rates.maximize else grad).to(dtype), 1 - rates.beta1)
-    exp_avg.copy_(m)
+    if m is not exp_avg:
+        exp_avg.copy_(m)
     p = param.to(dtype).mul_(rates.decay).addcdiv_(m, denominator, value=-1)
-    if rates.rounding_key is None:
-        param.copy_(p)
-    else:
+    if rates.rounding_key is not None:
         round_stochastically_(param, p, place, rates.rounding_key)
+    elif p is not param:
+        param.copy_(p)
 
 
 def second_moment_dtype(parameter: Tensor) -> torch.dtype:

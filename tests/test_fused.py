@@ -7,6 +7,7 @@ import logging
 import pickle
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from test_update import LAYOUTS, OPTIONS, ROUNDING, case, optimizer_for
 from torch import Tensor
 
 import adam_mini_plugins.kernels.cpu as cpu
-from adam_mini_plugins import AdamMini, Layout
+from adam_mini_plugins import AdamMini, Layout, update
 from adam_mini_plugins.rounding import fmix32, key_of_step, seed_of_tensor
 
 needs_kernel = pytest.mark.skipif(cpu.library() is None, reason="this install was made without a C compiler")
@@ -459,3 +460,15 @@ def test_capturable_reads_no_number_and_changes_nothing(dtype: torch.dtype) -> N
     expected, _ = run(parameter, layout, grads, **options)
     result, _ = run(parameter, layout, grads, **options, capturable=True, lr=torch.tensor(OPTIONS["lr"]))
     torch.testing.assert_close(result, expected, rtol=1e-5 if dtype == torch.float32 else 2.0**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", [update, cpu])
+def test_second_moments_are_kept_where_none_of_the_elements_are(way: ModuleType) -> None:
+    # A process may hold no column of a tensor that is cut across its rows, and the rows' second moments all the same.
+    nothing = [torch.empty(4, 0) for _ in range(3)]
+    exp_avg_sq, means = torch.zeros(4, 1), torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    way.adam_mini(
+        *([tensor] for tensor in (*nothing, exp_avg_sq, torch.zeros(()), Layout.each_row(4), means)),
+        lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, maximize=False,
+    )  # fmt: skip
+    torch.testing.assert_close(exp_avg_sq, 0.05 * means)

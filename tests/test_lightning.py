@@ -515,9 +515,9 @@ def test_adam_without_decay_and_fused_adamw_convert(cls: type[Optimizer]) -> Non
     trainer = fit(module, AdamMiniOptimizer())
     fit(written)
     assert_alike(module, written)
-    assert not {"_step_supports_amp_scaling", "fused", "foreach"} & {
-        *vars(trainer.optimizers[0]), *trainer.optimizers[0].param_groups[0]
-    }  # fmt: skip
+    (optimizer,) = trainer.optimizers
+    assert not {"_step_supports_amp_scaling", "foreach"} & {*vars(optimizer), *optimizer.param_groups[0]}
+    assert optimizer.param_groups[0]["fused"] is None  # AdamW's is none of AdamMini's business
 
 
 def test_hooks_and_attributes_of_the_optimizer_survive() -> None:

@@ -240,12 +240,19 @@ LIGHTNING = {
     "ddp": "DDP, Lightning",
     "model parallel": "FSDP2, Lightning",
     "tensor parallel": "tensor parallel, Lightning",
+    "two dimensions": "tensor parallel x FSDP2, Lightning",
 }
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_lightning(processes: int, tmp_path: Path, proves: Proves) -> None:
-    ways = ["ddp", "model parallel", "whole checkpoint", *["tensor parallel"][: processes == 2]]
+@pytest.mark.parametrize(
+    ("processes", "ways"),
+    [
+        (2, ("ddp", "model parallel", "whole checkpoint", "tensor parallel")),
+        (3, ("ddp", "model parallel", "whole checkpoint")),
+        (4, ("two dimensions",)),
+    ],
+)
+def test_lightning(processes: int, ways: Sequence[str], tmp_path: Path, proves: Proves) -> None:
     figures = launch("lightning_fit.py", processes, *ways, CHECKPOINTS=str(tmp_path))
     assert sorted(figures) == sorted(ways)
     for of_strategy in figures.values():

@@ -153,7 +153,8 @@ class Table:
         for number, (p, g, m, layout, means) in enumerate(zip(params, grads, exp_avgs, layouts, block_means)):
             kind = _STOCHASTIC if seeds and p.dtype == torch.bfloat16 else _KINDS[p.dtype]
             kinds.extend((kind, _KINDS[g.dtype], _KINDS[m.dtype], seeds[number] if seeds else 0))
-            if p.numel() and work.add(number, layout, p.shape, means is not None):
+            # None of a tensor's elements may be here, but second moments that other processes have too.
+            if work.add(number, layout, p.shape, means is not None) if p.numel() else means is not None:
                 self._indirect.append(number)
         self._call = _Step(tensors=len(params))
         # The call holds their addresses, which keeps nothing alive.

@@ -1,6 +1,7 @@
 """Lightning on the CPU under the strategies that are named.
 
-`ddp`, `model parallel` (`whole checkpoint` with such), `tensor parallel`, `zero 2` and `zero 3`.
+`ddp`, `model parallel` (`whole checkpoint` with such), `tensor parallel`, `two dimensions` (that and FSDP2), `zero 2`
+and `zero 3`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from adam_mini_plugins.lightning import AdamMiniOptimizer
 OUTPUT = Path(os.environ["CHECKPOINTS"])
 PROCESSES = int(os.environ["WORLD_SIZE"])
 IDS = workers.batches(1)[0]  # each step sees all of it
-TENSOR_PARALLEL = {"tensor parallel": 2}
+TENSOR_PARALLEL = {"tensor parallel": 2, "two dimensions": 2}
 
 
 class Module(LightningModule):

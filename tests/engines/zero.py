@@ -176,7 +176,7 @@ class Scaled(nn.Module):
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "1": (llama, {"stage": 1, "clip": 0.5}),
+    "1": (wide, {"stage": 1, "clip": 0.5}),
     "1, experts, offload": (fsdp2.experts, {"stage": 1, "offload": True}),
     "1, empty parts": (Scaled, {"stage": 1}),
     "2": (wide, {"stage": 2}),
