@@ -108,3 +108,12 @@ def test_the_figures_of_loras_blocks_are_those_measured() -> None:
         gaps = [[own - other for own, other in zip(values, adamw[rate])] for rate, values in by_rate.items()]
         cells = [f"{statistics.median(gap):+.3f} ({min(gap):+.3f}, {max(gap):+.3f})" for gap in gaps]
         assert f"| {' | '.join(cells)} |" in README
+
+
+def test_the_figures_of_a_step_are_those_measured() -> None:
+    rows = json.loads((ROOT / "docs" / "step.json").read_text())["rows"]
+    for name in {row["optimizer"] for row in rows}:
+        of = {row["case"]: row for row in rows if row["optimizer"] == name and row["threads"] == 1}
+        cases = ("50M float32", "50M bfloat16", "1M float32", "LoRA float32")
+        cells = [f"{of[case]['step_ratio']:.2f}" if case in of else "" for case in cases]
+        assert f"| {name} | {of['50M float32']['state_ratio']:.3f} | {' | '.join(cells)} |" in README

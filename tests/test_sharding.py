@@ -251,6 +251,7 @@ LIGHTNING = {
         (3, ("ddp", "model parallel", "whole checkpoint")),
         (4, ("two dimensions",)),
     ],
+    ids=["2", "3", "4"],
 )
 def test_lightning(processes: int, ways: Sequence[str], tmp_path: Path, proves: Proves) -> None:
     figures = launch("lightning_fit.py", processes, *ways, CHECKPOINTS=str(tmp_path))
