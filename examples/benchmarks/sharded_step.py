@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import report
 import step as one_process
 import torch
 import torch.distributed as dist
@@ -29,13 +30,16 @@ from torch.optim import AdamW, Optimizer
 from transformers import LlamaForCausalLM
 
 from adam_mini_plugins import AdamMini, optimizer, sharding
+from adam_mini_plugins.kernels import Plan
+from adam_mini_plugins.memory import measure
 
 # Parts of AdamMini's step, from the outermost in: what is called, and what it is that takes time there.
 PARTS = {
     "checks": (optimizer, "_check_parameters"),
     "sums of cut blocks": (sharding, "gradients_and_means"),
     "all-reduce": (sharding.distributed, "all_reduce"),
-    "arithmetic": (optimizer, "adam_mini"),
+    "arithmetic": (Plan, "step"),
+    "plans": (Plan, "__init__"),
 }
 INSIDE = {"all-reduce": "sums of cut blocks"}
 
@@ -70,7 +74,7 @@ def contestants(millions: float, dtype: torch.dtype) -> list[one_process.Contest
         for parameter in model.parameters():
             parameter.grad = parameter.detach().clone()
             parameter.grad.to_local().normal_(std=1e-2)
-        entries.append(one_process.Contestant(name, make(model)))
+        entries.append(one_process.Contestant(name, make(model), list(model.parameters())))
     return entries
 
 
@@ -123,14 +127,13 @@ def main() -> None:
     entries = contestants(args.millions, getattr(torch, args.dtype))
     parts = run(entries, args.rounds)
     for entry in entries:
-        entry.state_bytes = one_process.measure(entry.optimizer).state_bytes
+        entry.state_bytes = measure(entry.optimizer).state_bytes
     if args.profile:
         profile(entries[-1].optimizer)
     if dist.get_rank() == 0:
-        args.device, args.threads = "cpu", 1
-        facts = one_process.environment(args, sum(p.numel() for p in entries[0].parameters))
+        facts = report.environment("cpu")
         facts |= {"processes": dist.get_world_size(), "engine": "FSDP2, gloo", "tensors": len(entries[0].parameters)}
-        rows = [one_process.figures(entry, entries[0]) for entry in entries]
+        rows = [one_process.figures(f"{args.millions:g}M {args.dtype}", 1, entry, entries[0]) for entry in entries]
         medians = {part: 1e3 * statistics.median(found.get(part, 0.0) for found in parts) for part in parts[0]}
         show(facts, rows, medians)
         if args.json:
