@@ -207,7 +207,7 @@ FEATURE_OF = {"trainer": "plain", "lora": "lora", "sft": "plain", "sft, lora": "
         ("fsdp2", 2, ("trainer", "sft, lora", "lora", "resumed")),
         ("fsdp2", 3, ("trainer", "sft, lora", "resumed")),
         ("ddp", 2, ("trainer", "sft", "sft, lora", "resumed")),
-        ("ddp", 3, ("trainer",)),
+        pytest.param("ddp", 3, ("trainer",), marks=pytest.mark.slow),  # torch's own DDP is tried on 3 processes
     ],
 )
 def test_transformers_and_trl(engine: str, processes: int, ways: Sequence[str], tmp_path: Path, proves: Proves) -> None:
@@ -248,7 +248,7 @@ LIGHTNING = {
     ("processes", "ways"),
     [
         (2, ("ddp", "model parallel", "whole checkpoint", "tensor parallel")),
-        (3, ("ddp", "model parallel", "whole checkpoint")),
+        pytest.param(3, ("ddp", "model parallel", "whole checkpoint"), marks=pytest.mark.slow),  # as FSDP2 and DDP are
         (4, ("two dimensions",)),
     ],
     ids=["2", "3", "4"],
