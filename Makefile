@@ -15,7 +15,7 @@ test: $(VENV)/.installed  ## lint, type check and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 matrix: $(VENV)/.installed  ## the oldest and the newest versions allowed, each in an environment of its own
 	$(BIN)/python tests/matrix/run.py

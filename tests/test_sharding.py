@@ -33,7 +33,7 @@ from launch import launch
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "sharded.py"
 
-pytestmark = pytest.mark.xdist_group("engines")  # one launch at a time, and each of them once
+pytestmark = pytest.mark.xdist_group("engines")
 
 # The largest difference of a parameter from one process, after 5 steps.
 CLOSE = 1e-6
