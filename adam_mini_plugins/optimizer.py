@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -371,10 +372,10 @@ class AdamMini(Optimizer):
             # What processes share is found out anew in every step, with what they have to tell each other.
             cut = any(sharding.is_sharded(p) or p in self._flats for group in groups for p in group["params"])
             plans = () if cut else [(_watched(group), plan) for group, plan, _ in steps]
-        for group, plan, members in steps:
+        for group, plan, grads in steps:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             plan.step(
-                members,
+                grads,
                 lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,  # one element, of any number of axes
                 beta1=beta1,
                 beta2=beta2,
@@ -387,25 +388,25 @@ class AdamMini(Optimizer):
 
     def _planned(
         self, groups: Sequence[dict[str, Any]], plans: _Plans
-    ) -> list[tuple[dict[str, Any], Plan, Members]] | None:
-        """Each group with the plan of its last step and the tensors of this one; ``None`` if a plan is out of date."""
+    ) -> list[tuple[dict[str, Any], Plan, list[Tensor]]] | None:
+        """Each group with the plan of its last step and the gradients of this; ``None`` if a plan is out of date."""
         if len(plans) != len(groups):
             return None
         found = []
         for group, (watched, plan) in zip(groups, plans):
             if _watched(group) != watched:
                 return None
-            states = [self.state.get(p) for p in group["params"] if p.grad is not None]
-            if not all(states):
+            pairs = [(p, p.grad) for p in group["params"]]
+            params = [p for p, grad in pairs if grad is not None]
+            grads = [grad for _, grad in pairs if grad is not None]
+            states = list(map(self.state.get, params))
+            if not (all(states) and plan.holds(params, grads, cast(list[dict[str, Tensor]], states))):
                 return None
-            members = _members(group, cast(list[dict[str, Tensor]], states))
-            if not plan.holds(members):
-                return None
-            found.append((group, plan, members))
+            found.append((group, plan, grads))
         return found
 
-    def _plan(self, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], Plan, Members]]:
-        """Checks all parameters, and finds for each group a plan and the tensors of this step."""
+    def _plan(self, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], Plan, list[Tensor]]]:
+        """Checks all parameters, and finds for each group a plan and the gradients of this step."""
         for group in groups:
             self._resolve(group)
             _check_parameters(group, self._flats)
@@ -423,7 +424,7 @@ class AdamMini(Optimizer):
                     ]
             members = Members(*map(list, zip(*rows))) if rows else Members(*([] for _ in Members._fields))
             plan = Plan(members, names, group["fused"], of_parts if group["stochastic_rounding"] else [])
-            found.append((group, plan, members))
+            found.append((group, plan, members.grads))
         return found
 
     def _parts(
@@ -613,24 +614,10 @@ def _watched(group: dict[str, Any]) -> list[Any]:
     return [
         *options,
         list(map(id, params)),
-        [p.shape for p in params],
+        list(map(attrgetter("shape"), params)),
         list(group["blocks"]),
         len(group["param_names"]),
     ]
-
-
-def _members(group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Members:
-    """The tensors of a group's step, where none is cut; ``states`` are those of the parameters with a gradient."""
-    active = [(p, blocks) for p, blocks in zip(group["params"], group["blocks"]) if p.grad is not None]
-    return Members(
-        [p for p, _ in active],
-        [cast(Tensor, p.grad) for p, _ in active],
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [state["step"] for state in states],
-        [Layout.parse(blocks) for _, blocks in active],
-        [None] * len(active),
-    )
 
 
 def _names(group: dict[str, Any], flats: Mapping[Tensor, Flat]) -> list[str]:

@@ -6,9 +6,9 @@ A module of kernels has ``adam_mini``, which takes what :func:`..update.adam_min
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
-from operator import is_
+from operator import attrgetter, is_, itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -62,32 +62,46 @@ class Plan:
                 raise RuntimeError(f"fused=True, but no fused kernel can update {name}: {why}. Pass fused=None")
             numbers_of.setdefault(way, []).append(number)
         # Without the gradients, which are freed when a step is over.
-        self._members, self._facts = members._replace(grads=[], block_means=[]), _facts(members)
+        self._members = members._replace(grads=[])
+        self._kinds = _kinds(members.params, members.grads)
+        self._contiguous = _contiguous(members.params, members.grads)
         self._ways = [
             (way, numbers, [seeds[i] for i in numbers] if seeds else []) for way, numbers in numbers_of.items()
         ]
         self._table = next((cpu.Table(*members.at(of), seeds) for way, of, seeds in self._ways if way is cpu), None)
 
-    def holds(self, members: Members) -> bool:
-        """Whether it is good for these tensors: those that it was made for, with any gradients of the same kind."""
-        then, now = self._members, members
-        pairs = ((then.params, now.params), (then.exp_avgs, now.exp_avgs), (then.exp_avg_sqs, now.exp_avg_sqs))
+    def holds(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> bool:
+        """Whether it is good for a step of these: of tensors with the blocks and no means that it was made for.
+
+        This is most of what a step of small tensors takes, so that loops are in C.
+
+        Args:
+            params: The parameters.
+            grads: Their gradients.
+            states: Their states.
+        """
+        then = self._members
         return (
-            all(len(a) == len(b) and all(map(is_, a, b)) for a, b in (*pairs, (then.state_steps, now.state_steps)))
-            and then.layouts == now.layouts
-            and _facts(members) == self._facts
+            len(params) == len(then.params)
+            and _are(params, then.params)
+            and _are(map(itemgetter("exp_avg"), states), then.exp_avgs)
+            and _are(map(itemgetter("exp_avg_sq"), states), then.exp_avg_sqs)
+            and _are(map(itemgetter("step"), states), then.state_steps)
+            and _kinds(params, grads) == self._kinds
+            and _contiguous(params, grads) == self._contiguous
             and (self._table is None or self._table.stands())
         )
 
-    def step(self, members: Members, *, lr: float | Tensor, capturable: bool, **rates: Any) -> None:
+    def step(self, grads: list[Tensor], *, lr: float | Tensor, capturable: bool, **rates: Any) -> None:
         """Performs one step.
 
         Args:
-            members: Tensors for which it holds.
+            grads: Gradients for which it holds.
             lr: Learning rate.
             capturable: Whether no number may be read from a tensor.
             **rates: What else :func:`..update.adam_mini` takes.
         """
+        members = self._members._replace(grads=grads)
         for way, numbers, seeds in self._ways:
             of_way = members if len(self._ways) == 1 else members.at(numbers)
             if self._table is not None and way is cpu:
@@ -116,11 +130,18 @@ def _way_of(member: Members) -> tuple[ModuleType, str]:
     return (update, why) if why else (kernels, "")
 
 
-def _facts(members: Members) -> list[Any]:
-    """What the way of a tensor hangs on that can change under the same object, or with a new gradient."""
-    return [
-        [p.dtype for p in members.params],
-        [g.dtype for g in members.grads],
-        # Of a sparse tensor nothing like it can be told.
-        [g.layout is torch.strided and g.is_contiguous() for g in members.grads],
-    ]
+def _are(tensors: Iterable[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether these are the same objects as those, as far as both go."""
+    return all(map(is_, tensors, others))
+
+
+# What the way of a tensor hangs on that can change under the same object, or with a new gradient: layouts and dtypes,
+# and where these are alike, whether tensors are contiguous, which can't be told of a sparse one.
+
+
+def _kinds(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Any]:
+    return [*map(attrgetter("dtype"), params), *map(attrgetter("dtype", "layout"), grads)]
+
+
+def _contiguous(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[bool]:
+    return [*map(Tensor.is_contiguous, params), *map(Tensor.is_contiguous, grads)]

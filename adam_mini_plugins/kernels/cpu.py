@@ -146,7 +146,6 @@ class Table:
     ) -> None:
         self._layouts, self._exp_avg_sqs = layouts, exp_avg_sqs
         self._written = [*params, *exp_avgs, *exp_avg_sqs, *state_steps]
-        self._lasting = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": state_steps}
         kinds, work = array("q"), _Work()
         # The means of these come from outside, or from torch.
         self._indirect = []
@@ -157,10 +156,10 @@ class Table:
             if work.add(number, layout, p.shape, means is not None) if p.numel() else means is not None:
                 self._indirect.append(number)
         self._call = _Step(tensors=len(params))
+        self._addresses = _addresses(self._written)
         # The call holds their addresses, which keeps nothing alive.
-        self._addresses = {name: _addresses(tensors) for name, tensors in self._lasting.items()}
         self._buffers: dict[str, array[Any]] = {
-            **self._addresses,
+            "params": self._addresses,
             "kinds": kinds,
             "rates": array("I", bytes(12 * len(params))),
             **work.phases,
@@ -168,12 +167,16 @@ class Table:
         }
         for name, buffer in self._buffers.items():
             setattr(self._call, name, buffer.buffer_info()[0])
+        for number, name in enumerate(("exp_avgs", "exp_avg_sqs", "steps"), start=1):
+            setattr(
+                self._call, name, self._addresses.buffer_info()[0] + number * len(params) * self._addresses.itemsize
+            )
         for name, phase in work.phases.items():
             setattr(self._call, f"num_{name}", len(phase) // 8)
 
     def stands(self) -> bool:
         """Whether the tensors are where they were: their memory may be another's under the same object."""
-        return all(_addresses(tensors) == self._addresses[name] for name, tensors in self._lasting.items())
+        return _addresses(self._written) == self._addresses
 
     def step(
         self,
@@ -207,9 +210,10 @@ class Table:
         call.grads = addresses.buffer_info()[0]
         call.lr, call.beta1, call.beta2, call.weight_decay, call.eps = lr, beta1, beta2, weight_decay, eps
         call.maximize = maximize
+        # Before the kernel, which drives out of the cache what is at hand now.
+        torch.autograd.graph.increment_version(self._written)
         kernel: Any = library()  # tables are made for tensors that it supports
         kernel.adam_mini_step(ctypes.byref(call), torch.get_num_threads(), _parallel())
-        torch.autograd.graph.increment_version(self._written)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> array[int]:
