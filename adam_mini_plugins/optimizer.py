@@ -396,9 +396,9 @@ class AdamMini(Optimizer):
         for group, (watched, plan) in zip(groups, plans):
             if _watched(group) != watched:
                 return None
-            pairs = [(p, p.grad) for p in group["params"]]
-            params = [p for p, grad in pairs if grad is not None]
-            grads = [grad for _, grad in pairs if grad is not None]
+            of_all = list(map(attrgetter("grad"), group["params"]))
+            params = [p for p, grad in zip(group["params"], of_all) if grad is not None]
+            grads = [grad for grad in of_all if grad is not None]
             states = list(map(self.state.get, params))
             if not (all(states) and plan.holds(params, grads, cast(list[dict[str, Tensor]], states))):
                 return None

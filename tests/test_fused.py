@@ -84,10 +84,10 @@ LARGE: dict[str, tuple[tuple[int, ...], Layout]] = {
 }
 
 
-def expected_of(parameter: Tensor, grads: list[Tensor], layout: Layout, lr: float = 0.02) -> Tensor:
+def expected_of(parameter: Tensor, grads: list[Tensor], layout: Layout, beta2: float = OPTIONS["betas"][1]) -> Tensor:
     """The paper's algorithm in float64, in whole tensors: for many elements the reference takes minutes."""
     index = layout.block_index(parameter.shape).expand(parameter.shape).reshape(-1)
-    (beta1, beta2), eps, decay = OPTIONS["betas"], OPTIONS["eps"], OPTIONS["weight_decay"]
+    lr, beta1, eps, decay = OPTIONS["lr"], OPTIONS["betas"][0], OPTIONS["eps"], OPTIONS["weight_decay"]
     p = parameter.double().reshape(-1)
     m, v = torch.zeros_like(p), torch.zeros(layout.num_blocks, dtype=torch.float64)
     count = torch.zeros_like(v).index_add_(0, index, torch.ones_like(p))
@@ -113,6 +113,38 @@ def test_large_tensors_follow_the_paper(name: str) -> None:
         results[0].double(), expected_of(parameter.detach(), grads, layout), rtol=1e-6, atol=1e-6
     )
     assert all(result.equal(results[0]) for result in results)
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [1e19, 1e20])
+@pytest.mark.parametrize("name", LARGE)
+def test_squares_may_be_more_than_float32_holds_where_second_moments_are_not(name: str, size: float) -> None:
+    shape, layout = LARGE[name]
+    parameter, grads = case(shape, steps=2)
+    grads = [grad * size for grad in grads]
+    assert not grads[0].square().isfinite().all()
+    result, _ = run(parameter, layout, grads, fused=True, betas=(0.8, 0.999))
+    expected = expected_of(parameter.detach(), grads, layout, beta2=0.999)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", [1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["rows of one tile", "narrow rows", "narrow heads", "heads", "elements", "columns"])
+def test_a_block_whose_second_moment_is_no_number_leaves_others_alone(name: str, bad: float) -> None:
+    shape, layout = LARGE[name]
+    parameter, grads = case(shape, steps=2)
+    spoilt = [grads[0].clone(), grads[1]]
+    spoilt[0].view(-1)[12_345] = bad
+    index = layout.block_index(shape).expand(shape)
+    here = index == index.reshape(-1)[12_345]
+    expected, _ = run(parameter, layout, grads, fused=True)
+    result, _ = run(parameter, layout, spoilt, fused=True)
+    assert result[~here].equal(expected[~here])
+    # Squares that are too large are as in AdamW: a step of nothing, but for the decay. What is no number spreads.
+    decayed = parameter.detach() * (1 - OPTIONS["lr"] * OPTIONS["weight_decay"]) ** 2
+    torch.testing.assert_close(result[here], decayed[here]) if bad == 1e30 else None
+    assert result[here].isfinite().all() == (bad == 1e30)
 
 
 @needs_kernel

@@ -63,8 +63,7 @@ class Plan:
             numbers_of.setdefault(way, []).append(number)
         # Without the gradients, which are freed when a step is over.
         self._members = members._replace(grads=[])
-        self._kinds = _kinds(members.params, members.grads)
-        self._contiguous = _contiguous(members.params, members.grads)
+        self._kinds, self._contiguous = _kinds(members.params, members.grads), _contiguous(members.grads)
         self._ways = [
             (way, numbers, [seeds[i] for i in numbers] if seeds else []) for way, numbers in numbers_of.items()
         ]
@@ -88,7 +87,7 @@ class Plan:
             and _are(map(itemgetter("exp_avg_sq"), states), then.exp_avg_sqs)
             and _are(map(itemgetter("step"), states), then.state_steps)
             and _kinds(params, grads) == self._kinds
-            and _contiguous(params, grads) == self._contiguous
+            and _contiguous(grads) == self._contiguous
             and (self._table is None or self._table.stands())
         )
 
@@ -135,13 +134,12 @@ def _are(tensors: Iterable[Tensor], others: Sequence[Tensor]) -> bool:
     return all(map(is_, tensors, others))
 
 
-# What the way of a tensor hangs on that can change under the same object, or with a new gradient: layouts and dtypes,
-# and where these are alike, whether tensors are contiguous, which can't be told of a sparse one.
-
-
 def _kinds(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Any]:
-    return [*map(attrgetter("dtype"), params), *map(attrgetter("dtype", "layout"), grads)]
+    """What the way of a tensor hangs on that can change under the same object, or with a new gradient."""
+    dtype, layout = attrgetter("dtype"), attrgetter("layout")
+    return [*map(dtype, params), *map(dtype, grads), *map(layout, grads)]
 
 
-def _contiguous(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[bool]:
-    return [*map(Tensor.is_contiguous, params), *map(Tensor.is_contiguous, grads)]
+def _contiguous(grads: Sequence[Tensor]) -> list[bool]:
+    """The same, where layouts are alike: of a sparse gradient it can't be told."""
+    return list(map(Tensor.is_contiguous, grads))

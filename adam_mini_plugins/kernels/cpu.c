@@ -7,6 +7,7 @@
  *
  * Built without -ffast-math, whose start-up code would change the floating-point mode of the whole process.
  */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -15,7 +16,7 @@
 
 #define TILE 1024  /* elements in buffers on the stack */
 #define SHORT 64   /* elements of a block that is not worth a loop of its own */
-#define AHEAD 4096 /* bytes: found by trying, as far as one page */
+#define AHEAD 2048 /* elements: found by trying */
 
 enum { FLOAT32, BFLOAT16, FLOAT16, BFLOAT16_STOCHASTIC };
 
@@ -57,7 +58,7 @@ typedef struct {
 typedef struct {
     const Step *step;
     const Task *tasks;
-    int64_t count, next;
+    int64_t count, next, threads;
 } Work;
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
@@ -149,18 +150,30 @@ INLINE Range later(Range r, int64_t by) {
                    {(uint32_t)sum, sum >> 32 ? r.random.next : r.random.high, r.random.next, r.random.key}};
 }
 
+/* The same as below, for squares that are too large for float32, and for what is no number. */
+static __attribute__((noinline)) double sum_of_large_squares(uintptr_t g, int64_t of_g, int64_t n) {
+    double total = 0;
+    for (int64_t i = 0; i < n; i++) total += (double)get(g, of_g, i) * get(g, of_g, i);
+    return total;
+}
+
 /* In float32 as far as it loses nothing that counts, a few squares a lane, and from there in float64. */
 INLINE double sum_of_squares(uintptr_t g, int64_t of_g, int64_t n) {
     double total = 0;
-    for (int64_t first = 0; first < n; first += 256) {
-        const int64_t count = n - first < 256 ? n - first : 256;
+    for (int64_t first = 0; first < n; first += 512) {
+        const int64_t count = n - first < 512 ? n - first : 512, q = count / 4;
         const uintptr_t from = at(g, of_g, first);
         float part = 0;
+        /* Four at once, so that few additions wait for each other. */
 #pragma omp simd reduction(+ : part)
-        for (int64_t i = 0; i < count; i++) part += get(from, of_g, i) * get(from, of_g, i);
+        for (int64_t i = 0; i < q; i++)
+            part += (get(from, of_g, i) * get(from, of_g, i) + get(from, of_g, i + q) * get(from, of_g, i + q)) +
+                    (get(from, of_g, i + 2 * q) * get(from, of_g, i + 2 * q) +
+                     get(from, of_g, i + 3 * q) * get(from, of_g, i + 3 * q));
+        for (int64_t i = 4 * q; i < count; i++) part += get(from, of_g, i) * get(from, of_g, i);
         total += part;
     }
-    return total;
+    return total <= DBL_MAX ? total : sum_of_large_squares(g, of_g, n);
 }
 
 INLINE float moved(const Step *s, float v, double mean) { return (float)(s->beta2 * v + (1 - s->beta2) * mean); }
@@ -184,24 +197,35 @@ INLINE void descend_one(Constants c, Range r, int64_t i, float scale) {
     put(r.p, r.of_p, i, c.decay * get(r.p, r.of_p, i) - scale * m, r.random);
 }
 
-/* Asks for what comes soon: between the sum over a block and its update no two streams run on for long enough for
- * the processor to see them. Reaching beyond a tensor's end is harmless. */
-INLINE void prefetch(Range r) {
+/* What a task's thread comes to after the elements of `r`: `left` of the task are left there, then `next` begins. */
+typedef struct {
+    Range next;
+    int64_t left;
+} Ahead;
+
+/* Four cache lines of what is the larger, in elements. */
+INLINE int64_t stride_of(Range r) { return r.of_p == FLOAT32 || r.of_m == FLOAT32 ? 64 : 128; }
+
+/* Asks for a stride of each, ahead of an element: between the sum over a block and its update no two streams run
+ * on for long enough for the processor to see them. Of shorter types somewhat more is asked for than is used at once,
+ * and at a task's end something beyond it. */
+INLINE void prefetch(Range r, Ahead ahead, int64_t i) {
+    const int64_t to = i + AHEAD;
+    const Range soon = to < ahead.left ? later(r, to) : later(ahead.next, to - ahead.left);
     for (int64_t line = 0; line < 4; line++) {
-        __builtin_prefetch((const char *)r.g + AHEAD + 64 * line, 0);
-        __builtin_prefetch((const char *)r.p + AHEAD + 64 * line, 1);
-        __builtin_prefetch((const char *)r.m + AHEAD + 64 * line, 1);
+        __builtin_prefetch((const char *)soon.g + 64 * line, 0);
+        __builtin_prefetch((const char *)soon.p + 64 * line, 1);
+        __builtin_prefetch((const char *)soon.m + 64 * line, 1);
     }
 }
 
-INLINE void descend(const Step *s, Range r, int64_t n, float scale) {
+INLINE void descend(const Step *s, Range r, int64_t n, float scale, Ahead ahead) {
     const Constants c = constants_of(s);
-    /* 256 bytes of what is the larger: of shorter types somewhat more is asked for than is used at once. */
-    const int64_t stride = r.of_p == FLOAT32 || r.of_m == FLOAT32 ? 64 : 128;
+    const int64_t stride = stride_of(r);
     int64_t first = 0;
     for (; first + stride <= n; first += stride) {
         const Range part = later(r, first);
-        prefetch(part);
+        prefetch(r, ahead, first);
 #pragma omp simd
         for (int64_t i = 0; i < stride; i++) descend_one(c, part, i, scale);
     }
@@ -234,7 +258,7 @@ INLINE void spread(float *restrict to, const float *restrict from, int64_t count
 }
 
 /* Blocks of few elements, as many at once as go into a tile: loops over one block would cost more than what they do. */
-INLINE void short_blocks(const Step *s, const Task *task, Kind of, int given) {
+INLINE void short_blocks(const Step *s, const Task *task, Range next, Kind of, int given) {
     const int64_t t = task->tensor, size = task->size, length = size * task->columns, at_once = TILE / length;
     const float beta2 = (float)s->beta2, rest = (float)(1 - s->beta2) / (float)length, eps = (float)s->eps;
     const float step_size = s->rates[t].step_size, correction = s->rates[t].root_correction;
@@ -243,10 +267,8 @@ INLINE void short_blocks(const Step *s, const Task *task, Kind of, int given) {
         const int64_t count = task->blocks - first < at_once ? task->blocks - first : at_once;
         const Range r = range_from(s, t, task->start + first * length, of);
         float *v = (float *)s->exp_avg_sqs[t] + task->row + first * size;
-        for (int64_t i = 0; i < count * length; i += 16) { /* what is needed once the squares are summed */
-            __builtin_prefetch((const void *)at(r.p, of.param, i), 1);
-            __builtin_prefetch((const void *)at(r.m, of.exp_avg, i), 1);
-        }
+        const Ahead ahead = {next, (task->blocks - first) * length};
+        for (int64_t i = 0; i < count * length; i += stride_of(r)) prefetch(r, ahead, i);
         if (!given) {
 #pragma omp simd
             for (int64_t i = 0; i < count * length; i++) sums[i] = get(r.g, of.grad, i) * get(r.g, of.grad, i);
@@ -259,8 +281,17 @@ INLINE void short_blocks(const Step *s, const Task *task, Kind of, int given) {
                 for (int64_t i = 0; i < left; i++) sum += sums[b * left + i];
                 sums[b] = sum;
             }
-            for (int64_t b = 0; b < count; b++) sums[b] = beta2 * v[b * size] + rest * sums[b];
-            spread(v, sums, count, size);
+            int large = 0;
+            for (int64_t b = 0; b < count; b++) {
+                scales[b] = beta2 * v[b * size] + rest * sums[b];
+                large |= !(sums[b] <= FLT_MAX);
+            }
+            for (int64_t b = 0; b < count && large; b++)
+                if (!(sums[b] <= FLT_MAX)) {
+                    const double sum = sum_of_large_squares(at(r.g, of.grad, b * length), of.grad, length);
+                    scales[b] = moved(s, v[b * size], sum / (double)length);
+                }
+            spread(v, scales, count, size);
         }
         for (int64_t b = 0; b < count; b++) sums[b] = scale_of(v[b * size], step_size, correction, eps);
         spread(scales, sums, count, length);
@@ -269,7 +300,7 @@ INLINE void short_blocks(const Step *s, const Task *task, Kind of, int given) {
 }
 
 /* Blocks of `size` rows of `columns`; with `given`, the second moments are new already. */
-INLINE void blocks(const Step *s, const Task *task, Kind of, int given) {
+INLINE void blocks(const Step *s, const Task *task, Range next, Kind of, int given) {
     const int64_t t = task->tensor, length = task->size * task->columns;
     const float step_size = s->rates[t].step_size, correction = s->rates[t].root_correction, eps = (float)s->eps;
     for (int64_t b = 0; b < task->blocks; b++) {
@@ -278,7 +309,7 @@ INLINE void blocks(const Step *s, const Task *task, Kind of, int given) {
         const float new = given ? v[0] : moved(s, v[0], sum_of_squares(r.g, of.grad, length) / (double)length);
         if (!given)
             for (int64_t row = 0; row < task->size; row++) v[row] = new;
-        descend(s, r, length, scale_of(new, step_size, correction, eps));
+        descend(s, r, length, scale_of(new, step_size, correction, eps), (Ahead){next, (task->blocks - b) * length});
     }
 }
 
@@ -295,19 +326,20 @@ INLINE void columns(const Step *s, const Task *task, Kind of, int given) {
             float *v = (float *)s->exp_avg_sqs[t] + task->row + column;
             for (int64_t i = 0; i < count && !given; i++) {
                 const float g = get(r.g, of.grad, i);
-                v[i] = beta2 * v[i] + rest * (g * g);
+                v[i] = beta2 * v[i] + rest * g * g; /* as AdamW: the square alone may be too large */
             }
             for (int64_t i = 0; i < count; i++) scales[i] = scale_of(v[i], step_size, correction, eps);
             descend_by_element(s, r, scales, count);
         }
 }
 
-INLINE void perform(const Step *s, const Task *task, Kind of) {
+INLINE void perform(const Step *s, const Task *task, const Task *after, Kind of) {
     const int is_short = task->size * task->columns < SHORT;
     const int given = task->kind == ROWS || task->kind == COLUMNS;
+    const Range next = range_from(s, after->tensor, after->start, of);
     switch (task->kind) {
     case BLOCKS:
-    case ROWS: is_short ? short_blocks(s, task, of, given) : blocks(s, task, of, given); break;
+    case ROWS: is_short ? short_blocks(s, task, next, of, given) : blocks(s, task, next, of, given); break;
     case COLUMNS:
     case ELEMENTS: columns(s, task, of, given); break;
     case SUMS:
@@ -317,23 +349,23 @@ INLINE void perform(const Step *s, const Task *task, Kind of) {
     }
 }
 
-INLINE void specialised(const Step *s, const Task *task) {
+INLINE void specialised(const Step *s, const Task *task, const Task *after) {
     const Kind of = s->kinds[task->tensor];
-#define CASE(P, G, M) if (of.param == P && of.grad == G && of.exp_avg == M) perform(s, task, (Kind){P, G, M, 0})
+#define CASE(P, G, M) if (of.param == P && of.grad == G && of.exp_avg == M) perform(s, task, after, (Kind){P, G, M, 0})
     CASE(FLOAT32, FLOAT32, FLOAT32);
     else CASE(BFLOAT16, BFLOAT16, BFLOAT16);
     else CASE(BFLOAT16, BFLOAT16, FLOAT32);
     else CASE(BFLOAT16_STOCHASTIC, BFLOAT16, BFLOAT16);
     else CASE(BFLOAT16_STOCHASTIC, BFLOAT16, FLOAT32);
     else CASE(FLOAT16, FLOAT16, FLOAT16);
-    else perform(s, task, of);
+    else perform(s, task, after, of);
 }
 
 /* The tasks of one phase, taken by whatever thread is free. */
 INLINE void work_through(Work *work) {
     const Step *s = work->step;
     for (int64_t i; (i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->count;)
-        specialised(s, work->tasks + i);
+        specialised(s, work->tasks + i, work->tasks + (i + work->threads < work->count ? i + work->threads : i));
 }
 
 /* The same for each width of registers. Without fused multiply-add, which rounds otherwise. */
@@ -354,9 +386,10 @@ static Version *widest(void) { return plain; }
 #endif
 
 static void run(const Step *s, const Task *tasks, int64_t count, unsigned threads, Parallel parallel) {
-    Work work = {s, tasks, count, 0};
-    if (parallel && threads > 1 && count > 1)
-        parallel(widest(), &work, (int64_t)threads < count ? threads : (unsigned)count, 0);
+    if (count < threads) threads = (unsigned)count;
+    Work work = {s, tasks, count, 0, parallel ? threads : 1};
+    if (parallel && threads > 1)
+        parallel(widest(), &work, threads, 0);
     else
         widest()(&work);
 }
