@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from operator import attrgetter
-from typing import Any, cast
+from itertools import islice
+from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -390,20 +391,25 @@ class AdamMini(Optimizer):
         self, groups: Sequence[dict[str, Any]], plans: _Plans
     ) -> list[tuple[dict[str, Any], Plan, list[Tensor]]] | None:
         """Each group with the plan of its last step and the gradients of this; ``None`` if a plan is out of date."""
-        if len(plans) != len(groups):
+        if len(plans) != len(groups) or any(_watched(group) != watched for group, (watched, _) in zip(groups, plans)):
             return None
-        found = []
-        for group, (watched, plan) in zip(groups, plans):
-            if _watched(group) != watched:
-                return None
-            of_all = list(map(attrgetter("grad"), group["params"]))
-            params = [p for p, grad in zip(group["params"], of_all) if grad is not None]
-            grads = [grad for grad in of_all if grad is not None]
-            states = list(map(self.state.get, params))
-            if not (all(states) and plan.holds(params, grads, cast(list[dict[str, Tensor]], states))):
+        of_groups = []
+        for group in groups:
+            grads = list(map(attrgetter("grad"), group["params"]))
+            params = [p for p, grad in zip(group["params"], grads) if grad is not None]
+            of_groups.append((params, [grad for grad in grads if grad is not None]))
+        states, found = iter(self._states([p for params, _ in of_groups for p in params])), []
+        for group, (_, plan), (params, grads) in zip(groups, plans, of_groups):
+            if not plan.holds(params, grads, list(islice(states, len(params)))):
                 return None
             found.append((group, plan, grads))
         return found
+
+    def _states(self, params: Sequence[Tensor]) -> list[Any]:
+        """The states of parameters; ``None`` for those without."""
+        if len(params) == len(self.state) and all(map(is_, params, self.state)):
+            return list(self.state.values())  # most often they are in this order: none has to be looked up
+        return list(map(self.state.get, params))
 
     def _plan(self, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], Plan, list[Tensor]]]:
         """Checks all parameters, and finds for each group a plan and the gradients of this step."""

@@ -69,7 +69,7 @@ class Plan:
         ]
         self._table = next((cpu.Table(*members.at(of), seeds) for way, of, seeds in self._ways if way is cpu), None)
 
-    def holds(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> bool:
+    def holds(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Any]) -> bool:
         """Whether it is good for a step of these: of tensors with the blocks and no means that it was made for.
 
         This is most of what a step of small tensors takes, so that loops are in C.
@@ -77,11 +77,12 @@ class Plan:
         Args:
             params: The parameters.
             grads: Their gradients.
-            states: Their states.
+            states: Their states, ``None`` for those without.
         """
         then = self._members
         return (
             len(params) == len(then.params)
+            and all(states)
             and _are(params, then.params)
             and _are(map(itemgetter("exp_avg"), states), then.exp_avgs)
             and _are(map(itemgetter("exp_avg_sq"), states), then.exp_avg_sqs)
