@@ -17,19 +17,22 @@ for float64 parameters. Each of ``p`` and ``m`` is rounded once, when it is stor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .blocks import Layout
 from .rounding import key_of_step, round_stochastically_
 
-# Elements handled at a time. On a CPU a chunk stays in the cache from one pass to the next; elsewhere
-# the bound is on the float32 copies that low-precision tensors need.
-_CHUNK_CPU = 2**20
+# Elements handled at a time, which bounds what is held besides: float32 copies of low-precision tensors, and the
+# stacks of small ones. On a CPU a chunk's copies stay in the cache.
+_CHUNK_CPU = 2**16
 _CHUNK_ELSEWHERE = 2**25
+# On a CPU, tensors of up to so many elements are stacked: for a few, dispatching an operation is what takes time.
+_SMALL = 2**14
 
 
 def adam_mini(
@@ -73,11 +76,11 @@ def adam_mini(
         capturable: No number is read from a tensor, so that a CUDA graph can hold the step; the counts are then on
             the parameters' device.
     """
-    for number, (param, grad, exp_avg, exp_avg_sq, step_t, layout, means) in enumerate(
-        zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, layouts, block_means)
-    ):
-        step_t += 1
-        step = step_t if capturable else step_t.item()
+    steps = _counted(state_steps, capturable)
+    at_random = [stochastic_rounding and param.dtype == torch.bfloat16 for param in params]
+    for numbers in _batches(params, grads, exp_avgs, layouts, block_means, steps, at_random):
+        first = numbers[0]
+        step, layout, means = steps[first], layouts[first], block_means[first]
         rates = _Rates(
             decay=1 - lr * weight_decay,
             beta1=beta1,
@@ -86,11 +89,52 @@ def adam_mini(
             root_correction=(1 - beta2**step) ** 0.5,
             eps=eps,
             maximize=maximize,
-            rounding_key=key_of_step(seeds[number], step)
-            if stochastic_rounding and param.dtype == torch.bfloat16
-            else None,
+            rounding_key=key_of_step(seeds[first], step) if at_random[first] else None,
         )
-        _update(param, grad, exp_avg, exp_avg_sq, layout, means, rates)
+        if len(numbers) == 1:
+            _update(params[first], grads[first], exp_avgs[first], exp_avg_sqs[first], layout, means, rates)
+            continue
+        p, g, m, v = (torch.stack([of[i] for i in numbers]) for of in (params, grads, exp_avgs, exp_avg_sqs))
+        _update(p, g, m, v, layout.stacked(len(numbers)), None, rates)
+        for of, stack in ((params, p), (exp_avgs, m), (exp_avg_sqs, v)):
+            torch._foreach_copy_([of[i] for i in numbers], stack.unbind())
+
+
+def _counted(state_steps: Sequence[Tensor], capturable: bool) -> Sequence[Any]:
+    """The numbers of the steps that begin: as plain numbers, unless none may be read."""
+    if capturable or not state_steps:
+        for step in state_steps:
+            step += 1
+        return state_steps
+    # A plain 1 would be made a tensor for each of them.
+    torch._foreach_add_(list(state_steps), torch.ones(()))
+    return torch.stack(list(state_steps)).tolist()
+
+
+def _batches(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    block_means: Sequence[Tensor | None],
+    steps: Sequence[Any],
+    at_random: Sequence[bool],
+) -> Iterable[list[int]]:
+    """The numbers of the tensors that are updated together: small ones that are alike, and each other by itself."""
+    alike: dict[Any, list[int]] = {}
+    for number, (p, g, m, layout, means) in enumerate(zip(params, grads, exp_avgs, layouts, block_means)):
+        key: Any = number
+        if 0 < p.numel() <= _SMALL and means is None and not at_random[number] and _are_plain(p, g, m):
+            key = (p.shape, p.dtype, g.dtype, m.dtype, layout, steps[number])
+        alike.setdefault(key, []).append(number)
+    for numbers in alike.values():
+        size = max(1, _CHUNK_CPU // max(params[numbers[0]].numel(), 1))
+        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Whether tensors lie in the memory of the CPU, and are of no kind that might not stack."""
+    return all(type(t) in (Tensor, Parameter) and t.device.type == "cpu" for t in tensors)
 
 
 class _Rates(NamedTuple):
@@ -115,24 +159,28 @@ def _update(
     means: Tensor | None,
     rates: _Rates,
 ) -> None:
+    average(exp_avg_sq, block_means_of(grad, layout, exp_avg_sq) if means is None else means, rates.beta2)
+    # The small tensor takes the step size and the division, so that the large ones needn't.
+    scale = exp_avg_sq.sqrt().div_(rates.root_correction).add_(rates.eps).reciprocal_().mul_(rates.step_size)
     # Its views say where in the tensor their elements are, which only rounding at random needs to know.
     places = param if rates.rounding_key is None else torch.empty(param.shape, device="meta")
-    if means is None and layout.is_each_row:
-        # A row needs nothing but itself: the whole step is done while its gradient is in the cache.
-        for p, g, m, v, place in _chunks(layout.axes, param, grad, exp_avg, exp_avg_sq, places):
-            average(v, _row_squares(g, v).mul_(v.numel() / max(g.numel(), 1)), rates.beta2)
-            _descend(p, g, m, _scaled_denominator(v, rates), place, rates)
-        return
-    average(exp_avg_sq, block_means_of(grad, layout, exp_avg_sq) if means is None else means, rates.beta2)
-    denominator = _scaled_denominator(exp_avg_sq, rates)
-    for p, g, m, d, place in _chunks(layout.axes, param, grad, exp_avg, denominator, places):
-        _descend(p, g, m, d, place, rates)
+    for p, g, m, s, place in _chunks(tuple(range(param.dim())), param, grad, exp_avg, scale, places):
+        _descend(p, g, m, s, place, rates)
 
 
 def block_means_of(grad: Tensor, layout: Layout, like: Tensor) -> Tensor:
-    """The mean square of a gradient over each row's block, in the shape and dtype of ``like``, a second moment."""
-    squares = row_squares(grad, layout.axes, like.dtype)
-    return layout.block_mean(squares.mul_(squares.numel() / max(grad.numel(), 1)))
+    """The mean square of a gradient over each row's block, in the shape of ``like``, a second moment.
+
+    In its dtype; on a CPU in float64 where that overflows, as that of float32 does from 1.8e19 on, while a second
+    moment takes only a share of it.
+    """
+    dtypes = (like.dtype, torch.float64) if grad.device.type == "cpu" else (like.dtype,)  # elsewhere a check waits
+    for dtype in dtypes:
+        squares = row_squares(grad, layout.axes, dtype)
+        means = layout.block_mean(squares.mul_(squares.numel() / max(grad.numel(), 1)))
+        if dtype == dtypes[-1] or means.isfinite().all():
+            break
+    return means
 
 
 def row_squares(grad: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -147,18 +195,11 @@ def row_squares(grad: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tens
         A tensor with extent 1 along all other axes.
     """
     sums = grad.new_empty([size if axis in axes else 1 for axis, size in enumerate(grad.shape)], dtype=dtype)
-    for g, part in _chunks(axes, grad, sums):
-        part.copy_(_row_squares(g, part))
-    return sums
-
-
-def _row_squares(grad: Tensor, like: Tensor) -> Tensor:
-    """The sum of squares of each row, in the shape and dtype of ``like``."""
-    axes = [axis for axis, (size, of_grad) in enumerate(zip(like.shape, grad.shape)) if size != of_grad]
-    if not axes:
-        return grad.to(like.dtype).square()
+    inside = [axis for axis in range(grad.dim()) if sums.shape[axis] != grad.shape[axis]]
     # vector_norm reads the gradient once; the sum of a square would first write the square out.
-    return torch.linalg.vector_norm(grad.to(like.dtype), dim=axes, keepdim=True).square_()
+    for g, part in [(grad, sums)] if grad.dtype == dtype else _chunks(axes, grad, sums):
+        part.copy_(torch.linalg.vector_norm(g.to(dtype), dim=inside, keepdim=True) if inside else g)
+    return sums.square_()
 
 
 def average(exp_avg_sq: Tensor, means: Tensor, beta2: float) -> None:
@@ -166,19 +207,14 @@ def average(exp_avg_sq: Tensor, means: Tensor, beta2: float) -> None:
     exp_avg_sq.mul_(beta2).add_(means, alpha=1 - beta2)
 
 
-def _scaled_denominator(exp_avg_sq: Tensor, rates: _Rates) -> Tensor:
-    """What the momentum is divided by: the small tensor takes the step size, so that the large ones needn't."""
-    return exp_avg_sq.sqrt().div_(rates.root_correction).add_(rates.eps).div_(rates.step_size)
-
-
-def _descend(param: Tensor, grad: Tensor, exp_avg: Tensor, denominator: Tensor, place: Tensor, rates: _Rates) -> None:
-    """Updates momentum and parameter in the denominator's dtype."""
-    dtype = denominator.dtype
+def _descend(param: Tensor, grad: Tensor, exp_avg: Tensor, scale: Tensor, place: Tensor, rates: _Rates) -> None:
+    """Updates momentum and parameter in the dtype of the scale, by which the momentum is subtracted."""
+    dtype = scale.dtype
     # Where the dtypes are alike, to() gives back the tensor itself, and there is nothing to copy back.
     m = exp_avg.to(dtype).lerp_((-grad if rates.maximize else grad).to(dtype), 1 - rates.beta1)
     if m is not exp_avg:
         exp_avg.copy_(m)
-    p = param.to(dtype).mul_(rates.decay).addcdiv_(m, denominator, value=-1)
+    p = param.to(dtype).mul_(rates.decay).addcmul_(m, scale, value=-1)
     if rates.rounding_key is not None:
         round_stochastically_(param, p, place, rates.rounding_key)
     elif p is not param:
