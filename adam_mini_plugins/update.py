@@ -91,13 +91,8 @@ def adam_mini(
             maximize=maximize,
             rounding_key=key_of_step(seeds[first], step) if at_random[first] else None,
         )
-        if len(numbers) == 1:
-            _update(params[first], grads[first], exp_avgs[first], exp_avg_sqs[first], layout, means, rates)
-            continue
-        p, g, m, v = (torch.stack([of[i] for i in numbers]) for of in (params, grads, exp_avgs, exp_avg_sqs))
-        _update(p, g, m, v, layout.stacked(len(numbers)), None, rates)
-        for of, stack in ((params, p), (exp_avgs, m), (exp_avg_sqs, v)):
-            torch._foreach_copy_([of[i] for i in numbers], stack.unbind())
+        tensors = ([of[i] for i in numbers] for of in (params, grads, exp_avgs, exp_avg_sqs))
+        _update(*tensors, layout, means, rates)
 
 
 def _counted(state_steps: Sequence[Tensor], capturable: bool) -> Sequence[Any]:
@@ -124,17 +119,18 @@ def _batches(
     alike: dict[Any, list[int]] = {}
     for number, (p, g, m, layout, means) in enumerate(zip(params, grads, exp_avgs, layouts, block_means)):
         key: Any = number
-        if 0 < p.numel() <= _SMALL and means is None and not at_random[number] and _are_plain(p, g, m):
-            key = (p.shape, p.dtype, g.dtype, m.dtype, layout, steps[number])
+        if p.numel() <= _SMALL and means is None and not at_random[number] and _are_plain(p, g, m):
+            key = (p.shape, p.dtype, g.dtype, m.dtype, id(layout), steps[number])  # a text has one layout
         alike.setdefault(key, []).append(number)
     for numbers in alike.values():
         size = max(1, _CHUNK_CPU // max(params[numbers[0]].numel(), 1))
         yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
-def _are_plain(*tensors: Tensor) -> bool:
-    """Whether tensors lie in the memory of the CPU, and are of no kind that might not stack."""
-    return all(type(t) in (Tensor, Parameter) and t.device.type == "cpu" for t in tensors)
+def _are_plain(param: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
+    """Whether tensors are on the CPU, have elements, and are of no kind that might not stack."""
+    kinds = (Tensor, Parameter)
+    return param.is_cpu and param.numel() > 0 and type(param) in kinds and type(grad) is type(exp_avg) is Tensor
 
 
 class _Rates(NamedTuple):
@@ -151,21 +147,60 @@ class _Rates(NamedTuple):
 
 
 def _update(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
     layout: Layout,
     means: Tensor | None,
     rates: _Rates,
 ) -> None:
+    """Updates one tensor, or some small ones that are alike."""
+    (param, *others), grad, exp_avg_sq = params, grads[0], exp_avg_sqs[0]
+    if others:
+        # One operation for all, where that costs no more than a stack of the gradients.
+        grad, exp_avg_sq, layout = torch.stack(grads), torch.stack(exp_avg_sqs), layout.stacked(len(params))
     average(exp_avg_sq, block_means_of(grad, layout, exp_avg_sq) if means is None else means, rates.beta2)
     # The small tensor takes the step size and the division, so that the large ones needn't.
     scale = exp_avg_sq.sqrt().div_(rates.root_correction).add_(rates.eps).reciprocal_().mul_(rates.step_size)
+    if others:
+        torch._foreach_copy_(exp_avg_sqs, exp_avg_sq.unbind())
+        _descend(params, grads, exp_avgs, scale.unbind(), params, rates)
+        return
     # Its views say where in the tensor their elements are, which only rounding at random needs to know.
     places = param if rates.rounding_key is None else torch.empty(param.shape, device="meta")
-    for p, g, m, s, place in _chunks(tuple(range(param.dim())), param, grad, exp_avg, scale, places):
-        _descend(p, g, m, s, place, rates)
+    for chunk in _chunks(tuple(range(param.dim())), param, grad, exp_avgs[0], scale, places):
+        _descend(*([part] for part in chunk), rates)
+
+
+def _descend(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    places: Sequence[Tensor],
+    rates: _Rates,
+) -> None:
+    """Updates momenta and parameters in the dtype of the scales, by which the momenta are subtracted."""
+    dtype = scales[0].dtype
+    # Where the dtypes are alike, to() gives back the tensor itself, and there is nothing to copy back.
+    gs, ms = [g.to(dtype) for g in grads], [m.to(dtype) for m in exp_avgs]
+    torch._foreach_lerp_(ms, torch._foreach_neg(gs) if rates.maximize else gs, 1 - rates.beta1)
+    _store(exp_avgs, ms)
+    ps = [p.to(dtype) for p in params]
+    torch._foreach_mul_(ps, rates.decay)
+    torch._foreach_addcmul_(ps, ms, scales, value=-1)
+    if rates.rounding_key is None:
+        _store(params, ps)
+    else:
+        for param, p, place in zip(params, ps, places):
+            round_stochastically_(param, p, place, rates.rounding_key)
+
+
+def _store(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Rounds results to where they belong, unless that is where they are."""
+    if values[0] is not targets[0]:
+        torch._foreach_copy_(targets, values)
 
 
 def block_means_of(grad: Tensor, layout: Layout, like: Tensor) -> Tensor:
@@ -205,20 +240,6 @@ def row_squares(grad: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tens
 def average(exp_avg_sq: Tensor, means: Tensor, beta2: float) -> None:
     """Updates a second moment by the mean squares of a gradient."""
     exp_avg_sq.mul_(beta2).add_(means, alpha=1 - beta2)
-
-
-def _descend(param: Tensor, grad: Tensor, exp_avg: Tensor, scale: Tensor, place: Tensor, rates: _Rates) -> None:
-    """Updates momentum and parameter in the dtype of the scale, by which the momentum is subtracted."""
-    dtype = scale.dtype
-    # Where the dtypes are alike, to() gives back the tensor itself, and there is nothing to copy back.
-    m = exp_avg.to(dtype).lerp_((-grad if rates.maximize else grad).to(dtype), 1 - rates.beta1)
-    if m is not exp_avg:
-        exp_avg.copy_(m)
-    p = param.to(dtype).mul_(rates.decay).addcmul_(m, scale, value=-1)
-    if rates.rounding_key is not None:
-        round_stochastically_(param, p, place, rates.rounding_key)
-    elif p is not param:
-        param.copy_(p)
 
 
 def second_moment_dtype(parameter: Tensor) -> torch.dtype:
