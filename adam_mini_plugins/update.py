@@ -27,9 +27,10 @@ from torch.nn import Parameter
 from .blocks import Layout
 from .rounding import key_of_step, round_stochastically_
 
-# Elements handled at a time, which bounds what is held besides: float32 copies of low-precision tensors, and the
-# stacks of small ones. On a CPU a chunk's copies stay in the cache.
-_CHUNK_CPU = 2**16
+# Elements handled at a time, which bounds what is held besides: float32 copies of low-precision tensors, which on a
+# CPU stay in its cache, stacks of the gradients of small tensors, and what a change of sign takes.
+_COPIED_CPU = 2**16
+_CHUNK_CPU = 2**18
 _CHUNK_ELSEWHERE = 2**25
 # On a CPU, tensors of up to so many elements are stacked: for a few, dispatching an operation is what takes time.
 _SMALL = 2**14
@@ -123,7 +124,7 @@ def _batches(
             key = (p.shape, p.dtype, g.dtype, m.dtype, id(layout), steps[number])  # a text has one layout
         alike.setdefault(key, []).append(number)
     for numbers in alike.values():
-        size = max(1, _CHUNK_CPU // max(params[numbers[0]].numel(), 1))
+        size = max(1, 2 * _COPIED_CPU // max(params[numbers[0]].numel(), 1))
         yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
@@ -155,22 +156,27 @@ def _update(
     means: Tensor | None,
     rates: _Rates,
 ) -> None:
-    """Updates one tensor, or some small ones that are alike."""
-    (param, *others), grad, exp_avg_sq = params, grads[0], exp_avg_sqs[0]
+    """Updates one tensor, or some small ones that are alike: as many operations for all as for one."""
+    (param, *others), grad, exp_avg, exp_avg_sq = params, grads[0], exp_avgs[0], exp_avg_sqs[0]
+    copied = any(tensor.dtype != exp_avg_sq.dtype for tensor in (param, grad, exp_avg))
     if others:
-        # One operation for all, where that costs no more than a stack of the gradients.
         grad, exp_avg_sq, layout = torch.stack(grads), torch.stack(exp_avg_sqs), layout.stacked(len(params))
     average(exp_avg_sq, block_means_of(grad, layout, exp_avg_sq) if means is None else means, rates.beta2)
     # The small tensor takes the step size and the division, so that the large ones needn't.
     scale = exp_avg_sq.sqrt().div_(rates.root_correction).add_(rates.eps).reciprocal_().mul_(rates.step_size)
-    if others:
-        torch._foreach_copy_(exp_avg_sqs, exp_avg_sq.unbind())
+    if others and not copied:
+        _store(exp_avg_sqs, exp_avg_sq.unbind())
         _descend(params, grads, exp_avgs, scale.unbind(), params, rates)
         return
+    if others:
+        param, exp_avg = torch.stack(params), torch.stack(exp_avgs)
     # Its views say where in the tensor their elements are, which only rounding at random needs to know.
     places = param if rates.rounding_key is None else torch.empty(param.shape, device="meta")
-    for chunk in _chunks(tuple(range(param.dim())), param, grad, exp_avgs[0], scale, places):
+    for chunk in _chunks(_limit(param, copied), range(param.dim()), param, grad, exp_avg, scale, places):
         _descend(*([part] for part in chunk), rates)
+    if others:
+        for tensors, stack in ((params, param), (exp_avgs, exp_avg), (exp_avg_sqs, exp_avg_sq)):
+            _store(tensors, stack.unbind())
 
 
 def _descend(
@@ -183,11 +189,10 @@ def _descend(
 ) -> None:
     """Updates momenta and parameters in the dtype of the scales, by which the momenta are subtracted."""
     dtype = scales[0].dtype
-    # Where the dtypes are alike, to() gives back the tensor itself, and there is nothing to copy back.
-    gs, ms = [g.to(dtype) for g in grads], [m.to(dtype) for m in exp_avgs]
+    gs, ms = _cast(grads, dtype), _cast(exp_avgs, dtype)
     torch._foreach_lerp_(ms, torch._foreach_neg(gs) if rates.maximize else gs, 1 - rates.beta1)
     _store(exp_avgs, ms)
-    ps = [p.to(dtype) for p in params]
+    ps = _cast(params, dtype)
     torch._foreach_mul_(ps, rates.decay)
     torch._foreach_addcmul_(ps, ms, scales, value=-1)
     if rates.rounding_key is None:
@@ -197,9 +202,14 @@ def _descend(
             round_stochastically_(param, p, place, rates.rounding_key)
 
 
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Tensors of one dtype in another: copies, or themselves."""
+    return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
+
+
 def _store(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Rounds results to where they belong, unless that is where they are."""
-    if values[0] is not targets[0]:
+    if values is not targets:
         torch._foreach_copy_(targets, values)
 
 
@@ -232,7 +242,7 @@ def row_squares(grad: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tens
     sums = grad.new_empty([size if axis in axes else 1 for axis, size in enumerate(grad.shape)], dtype=dtype)
     inside = [axis for axis in range(grad.dim()) if sums.shape[axis] != grad.shape[axis]]
     # vector_norm reads the gradient once; the sum of a square would first write the square out.
-    for g, part in [(grad, sums)] if grad.dtype == dtype else _chunks(axes, grad, sums):
+    for g, part in [(grad, sums)] if grad.dtype == dtype else _chunks(_limit(grad, True), axes, grad, sums):
         part.copy_(torch.linalg.vector_norm(g.to(dtype), dim=inside, keepdim=True) if inside else g)
     return sums.square_()
 
@@ -248,15 +258,20 @@ def second_moment_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def _chunks(axes: tuple[int, ...], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts tensors that broadcast against the first into views of whole rows, a bounded number of elements each.
+def _limit(tensor: Tensor, copied: bool) -> int:
+    """The number of elements to handle at a time."""
+    return (_COPIED_CPU if copied else _CHUNK_CPU) if tensor.is_cpu else _CHUNK_ELSEWHERE
+
+
+def _chunks(limit: int, axes: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts tensors that broadcast against the first into views of a bounded number of elements each.
 
     Args:
-        axes: The axes that number the rows.
+        limit: That number.
+        axes: The axes that may be cut, slowest first.
         tensors: The first decides how to cut; along an axis where another has extent 1, it is not cut.
     """
     first = tensors[0]
-    limit = _CHUNK_CPU if first.device.type == "cpu" else _CHUNK_ELSEWHERE
     axis = next((axis for axis in axes if first.shape[axis] > 1), None)
     if first.numel() <= limit or axis is None:
         yield tensors
@@ -264,4 +279,4 @@ def _chunks(axes: tuple[int, ...], *tensors: Tensor) -> Iterator[tuple[Tensor, .
     length = max(1, limit * first.shape[axis] // first.numel())
     for start in range(0, first.shape[axis], length):
         size = min(length, first.shape[axis] - start)
-        yield from _chunks(axes, *(t.narrow(axis, start, size) if t.shape[axis] > 1 else t for t in tensors))
+        yield from _chunks(limit, axes, *(t.narrow(axis, start, size) if t.shape[axis] > 1 else t for t in tensors))

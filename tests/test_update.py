@@ -97,6 +97,8 @@ def test_cutting_tensors_into_chunks_changes_nothing(name: str, limit: int, monk
     parameter, grads = case(shape)
     whole = trained(torch.nn.Parameter(parameter.detach().clone()), layout, grads, fused=False)
     monkeypatch.setattr(update_module, "_CHUNK_CPU", limit)
+    monkeypatch.setattr(update_module, "_COPIED_CPU", limit)
+    monkeypatch.setattr(update_module, "_SMALL", 0)
     torch.testing.assert_close(trained(parameter, layout, grads, fused=False), whole, rtol=1e-6, atol=1e-6)
 
 
@@ -118,7 +120,7 @@ def test_tensors_that_are_alike_step_together_as_each_by_itself(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape, layout = LAYOUTS[name]
-    monkeypatch.setattr(update_module, "_CHUNK_CPU", 100)  # stacks of three and more, and what is left over
+    monkeypatch.setattr(update_module, "_COPIED_CPU", 50)  # stacks of three and more, and what is left over
 
     def stepped(small: int) -> list[Tensor]:
         monkeypatch.setattr(update_module, "_SMALL", small)
@@ -225,5 +227,5 @@ def test_a_step_makes_no_temporary_of_the_parameters_size(rule: str, dtype: torc
     model.weight.grad = torch.randn_like(model.weight)
     optimizer.step()
     # In float32 under 1% of the weights; in bfloat16 chunks of p, g and m in float32, whatever the weights' size.
-    allowed = 640_000 if dtype == torch.float32 else 3 * 4 * update_module._CHUNK_CPU + 2**17
+    allowed = 640_000 if dtype == torch.float32 else 3 * 4 * update_module._COPIED_CPU + 2**17
     assert allocated_bytes(optimizer.step) <= allowed
