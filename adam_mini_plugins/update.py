@@ -17,19 +17,23 @@ for float64 parameters. Each of ``p`` and ``m`` is rounded once, when it is stor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .blocks import Layout
 from .rounding import key_of_step, round_stochastically_
 
-# Elements handled at a time. On a CPU a chunk stays in the cache from one pass to the next; elsewhere
-# the bound is on the float32 copies that low-precision tensors need.
-_CHUNK_CPU = 2**20
+# Elements handled at a time, which bounds what is held besides: float32 copies of low-precision tensors, which on a
+# CPU stay in its cache, stacks of the gradients of small tensors, and what a change of sign takes.
+_COPIED_CPU = 2**16
+_CHUNK_CPU = 2**18
 _CHUNK_ELSEWHERE = 2**25
+# On a CPU, tensors of up to so many elements are stacked: for a few, dispatching an operation is what takes time.
+_SMALL = 2**14
 
 
 def adam_mini(
@@ -73,11 +77,11 @@ def adam_mini(
         capturable: No number is read from a tensor, so that a CUDA graph can hold the step; the counts are then on
             the parameters' device.
     """
-    for number, (param, grad, exp_avg, exp_avg_sq, step_t, layout, means) in enumerate(
-        zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, layouts, block_means)
-    ):
-        step_t += 1
-        step = step_t if capturable else step_t.item()
+    steps = _counted(state_steps, capturable)
+    at_random = [stochastic_rounding and param.dtype == torch.bfloat16 for param in params]
+    for numbers in _batches(params, grads, exp_avgs, layouts, block_means, steps, at_random):
+        first = numbers[0]
+        step, layout, means = steps[first], layouts[first], block_means[first]
         rates = _Rates(
             decay=1 - lr * weight_decay,
             beta1=beta1,
@@ -86,11 +90,48 @@ def adam_mini(
             root_correction=(1 - beta2**step) ** 0.5,
             eps=eps,
             maximize=maximize,
-            rounding_key=key_of_step(seeds[number], step)
-            if stochastic_rounding and param.dtype == torch.bfloat16
-            else None,
+            rounding_key=key_of_step(seeds[first], step) if at_random[first] else None,
         )
-        _update(param, grad, exp_avg, exp_avg_sq, layout, means, rates)
+        tensors = ([of[i] for i in numbers] for of in (params, grads, exp_avgs, exp_avg_sqs))
+        _update(*tensors, layout, means, rates)
+
+
+def _counted(state_steps: Sequence[Tensor], capturable: bool) -> Sequence[Any]:
+    """The numbers of the steps that begin: as plain numbers, unless none may be read."""
+    if capturable or not state_steps:
+        for step in state_steps:
+            step += 1
+        return state_steps
+    # A plain 1 would be made a tensor for each of them.
+    torch._foreach_add_(list(state_steps), torch.ones(()))
+    return torch.stack(list(state_steps)).tolist()
+
+
+def _batches(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    block_means: Sequence[Tensor | None],
+    steps: Sequence[Any],
+    at_random: Sequence[bool],
+) -> Iterable[list[int]]:
+    """The numbers of the tensors that are updated together: small ones that are alike, and each other by itself."""
+    alike: dict[Any, list[int]] = {}
+    for number, (p, g, m, layout, means) in enumerate(zip(params, grads, exp_avgs, layouts, block_means)):
+        key: Any = number
+        if p.numel() <= _SMALL and means is None and not at_random[number] and _are_plain(p, g, m):
+            key = (p.shape, p.dtype, g.dtype, m.dtype, id(layout), steps[number])  # a text has one layout
+        alike.setdefault(key, []).append(number)
+    for numbers in alike.values():
+        size = max(1, 2 * _COPIED_CPU // max(params[numbers[0]].numel(), 1))
+        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+def _are_plain(param: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
+    """Whether tensors are on the CPU, have elements, and are of no kind that might not stack."""
+    kinds = (Tensor, Parameter)
+    return param.is_cpu and param.numel() > 0 and type(param) in kinds and type(grad) is type(exp_avg) is Tensor
 
 
 class _Rates(NamedTuple):
@@ -107,32 +148,84 @@ class _Rates(NamedTuple):
 
 
 def _update(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
     layout: Layout,
     means: Tensor | None,
     rates: _Rates,
 ) -> None:
+    """Updates one tensor, or some small ones that are alike: as many operations for all as for one."""
+    (param, *others), grad, exp_avg, exp_avg_sq = params, grads[0], exp_avgs[0], exp_avg_sqs[0]
+    copied = any(tensor.dtype != exp_avg_sq.dtype for tensor in (param, grad, exp_avg))
+    if others:
+        grad, exp_avg_sq, layout = torch.stack(grads), torch.stack(exp_avg_sqs), layout.stacked(len(params))
+    average(exp_avg_sq, block_means_of(grad, layout, exp_avg_sq) if means is None else means, rates.beta2)
+    # The small tensor takes the step size and the division, so that the large ones needn't.
+    scale = exp_avg_sq.sqrt().div_(rates.root_correction).add_(rates.eps).reciprocal_().mul_(rates.step_size)
+    if others and not copied:
+        _store(exp_avg_sqs, exp_avg_sq.unbind())
+        _descend(params, grads, exp_avgs, scale.unbind(), params, rates)
+        return
+    if others:
+        param, exp_avg = torch.stack(params), torch.stack(exp_avgs)
     # Its views say where in the tensor their elements are, which only rounding at random needs to know.
     places = param if rates.rounding_key is None else torch.empty(param.shape, device="meta")
-    if means is None and layout.is_each_row:
-        # A row needs nothing but itself: the whole step is done while its gradient is in the cache.
-        for p, g, m, v, place in _chunks(layout.axes, param, grad, exp_avg, exp_avg_sq, places):
-            average(v, _row_squares(g, v).mul_(v.numel() / max(g.numel(), 1)), rates.beta2)
-            _descend(p, g, m, _scaled_denominator(v, rates), place, rates)
-        return
-    average(exp_avg_sq, block_means_of(grad, layout, exp_avg_sq) if means is None else means, rates.beta2)
-    denominator = _scaled_denominator(exp_avg_sq, rates)
-    for p, g, m, d, place in _chunks(layout.axes, param, grad, exp_avg, denominator, places):
-        _descend(p, g, m, d, place, rates)
+    for chunk in _chunks(_limit(param, copied), range(param.dim()), param, grad, exp_avg, scale, places):
+        _descend(*([part] for part in chunk), rates)
+    if others:
+        for tensors, stack in ((params, param), (exp_avgs, exp_avg), (exp_avg_sqs, exp_avg_sq)):
+            _store(tensors, stack.unbind())
+
+
+def _descend(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    places: Sequence[Tensor],
+    rates: _Rates,
+) -> None:
+    """Updates momenta and parameters in the dtype of the scales, by which the momenta are subtracted."""
+    dtype = scales[0].dtype
+    gs, ms = _cast(grads, dtype), _cast(exp_avgs, dtype)
+    torch._foreach_lerp_(ms, torch._foreach_neg(gs) if rates.maximize else gs, 1 - rates.beta1)
+    _store(exp_avgs, ms)
+    ps = _cast(params, dtype)
+    torch._foreach_mul_(ps, rates.decay)
+    torch._foreach_addcmul_(ps, ms, scales, value=-1)
+    if rates.rounding_key is None:
+        _store(params, ps)
+    else:
+        for param, p, place in zip(params, ps, places):
+            round_stochastically_(param, p, place, rates.rounding_key)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Tensors of one dtype in another: copies, or themselves."""
+    return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
+
+
+def _store(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Rounds results to where they belong, unless that is where they are."""
+    if values is not targets:
+        torch._foreach_copy_(targets, values)
 
 
 def block_means_of(grad: Tensor, layout: Layout, like: Tensor) -> Tensor:
-    """The mean square of a gradient over each row's block, in the shape and dtype of ``like``, a second moment."""
-    squares = row_squares(grad, layout.axes, like.dtype)
-    return layout.block_mean(squares.mul_(squares.numel() / max(grad.numel(), 1)))
+    """The mean square of a gradient over each row's block, in the shape of ``like``, a second moment.
+
+    In its dtype; on a CPU in float64 where that overflows, as that of float32 does from 1.8e19 on, while a second
+    moment takes only a share of it.
+    """
+    dtypes = (like.dtype, torch.float64) if grad.device.type == "cpu" else (like.dtype,)  # elsewhere a check waits
+    for dtype in dtypes:
+        squares = row_squares(grad, layout.axes, dtype)
+        means = layout.block_mean(squares.mul_(squares.numel() / max(grad.numel(), 1)))
+        if dtype == dtypes[-1] or means.isfinite().all():
+            break
+    return means
 
 
 def row_squares(grad: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -147,42 +240,16 @@ def row_squares(grad: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tens
         A tensor with extent 1 along all other axes.
     """
     sums = grad.new_empty([size if axis in axes else 1 for axis, size in enumerate(grad.shape)], dtype=dtype)
-    for g, part in _chunks(axes, grad, sums):
-        part.copy_(_row_squares(g, part))
-    return sums
-
-
-def _row_squares(grad: Tensor, like: Tensor) -> Tensor:
-    """The sum of squares of each row, in the shape and dtype of ``like``."""
-    axes = [axis for axis, (size, of_grad) in enumerate(zip(like.shape, grad.shape)) if size != of_grad]
-    if not axes:
-        return grad.to(like.dtype).square()
+    inside = [axis for axis in range(grad.dim()) if sums.shape[axis] != grad.shape[axis]]
     # vector_norm reads the gradient once; the sum of a square would first write the square out.
-    return torch.linalg.vector_norm(grad.to(like.dtype), dim=axes, keepdim=True).square_()
+    for g, part in [(grad, sums)] if grad.dtype == dtype else _chunks(_limit(grad, True), axes, grad, sums):
+        part.copy_(torch.linalg.vector_norm(g.to(dtype), dim=inside, keepdim=True) if inside else g)
+    return sums.square_()
 
 
 def average(exp_avg_sq: Tensor, means: Tensor, beta2: float) -> None:
     """Updates a second moment by the mean squares of a gradient."""
     exp_avg_sq.mul_(beta2).add_(means, alpha=1 - beta2)
-
-
-def _scaled_denominator(exp_avg_sq: Tensor, rates: _Rates) -> Tensor:
-    """What the momentum is divided by: the small tensor takes the step size, so that the large ones needn't."""
-    return exp_avg_sq.sqrt().div_(rates.root_correction).add_(rates.eps).div_(rates.step_size)
-
-
-def _descend(param: Tensor, grad: Tensor, exp_avg: Tensor, denominator: Tensor, place: Tensor, rates: _Rates) -> None:
-    """Updates momentum and parameter in the denominator's dtype."""
-    dtype = denominator.dtype
-    # Where the dtypes are alike, to() gives back the tensor itself, and there is nothing to copy back.
-    m = exp_avg.to(dtype).lerp_((-grad if rates.maximize else grad).to(dtype), 1 - rates.beta1)
-    if m is not exp_avg:
-        exp_avg.copy_(m)
-    p = param.to(dtype).mul_(rates.decay).addcdiv_(m, denominator, value=-1)
-    if rates.rounding_key is not None:
-        round_stochastically_(param, p, place, rates.rounding_key)
-    elif p is not param:
-        param.copy_(p)
 
 
 def second_moment_dtype(parameter: Tensor) -> torch.dtype:
@@ -191,15 +258,20 @@ def second_moment_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def _chunks(axes: tuple[int, ...], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts tensors that broadcast against the first into views of whole rows, a bounded number of elements each.
+def _limit(tensor: Tensor, copied: bool) -> int:
+    """The number of elements to handle at a time."""
+    return (_COPIED_CPU if copied else _CHUNK_CPU) if tensor.is_cpu else _CHUNK_ELSEWHERE
+
+
+def _chunks(limit: int, axes: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts tensors that broadcast against the first into views of a bounded number of elements each.
 
     Args:
-        axes: The axes that number the rows.
+        limit: That number.
+        axes: The axes that may be cut, slowest first.
         tensors: The first decides how to cut; along an axis where another has extent 1, it is not cut.
     """
     first = tensors[0]
-    limit = _CHUNK_CPU if first.device.type == "cpu" else _CHUNK_ELSEWHERE
     axis = next((axis for axis in axes if first.shape[axis] > 1), None)
     if first.numel() <= limit or axis is None:
         yield tensors
@@ -207,4 +279,4 @@ def _chunks(axes: tuple[int, ...], *tensors: Tensor) -> Iterator[tuple[Tensor, .
     length = max(1, limit * first.shape[axis] // first.numel())
     for start in range(0, first.shape[axis], length):
         size = min(length, first.shape[axis] - start)
-        yield from _chunks(axes, *(t.narrow(axis, start, size) if t.shape[axis] > 1 else t for t in tensors))
+        yield from _chunks(limit, axes, *(t.narrow(axis, start, size) if t.shape[axis] > 1 else t for t in tensors))

@@ -97,7 +97,48 @@ def test_cutting_tensors_into_chunks_changes_nothing(name: str, limit: int, monk
     parameter, grads = case(shape)
     whole = trained(torch.nn.Parameter(parameter.detach().clone()), layout, grads, fused=False)
     monkeypatch.setattr(update_module, "_CHUNK_CPU", limit)
+    monkeypatch.setattr(update_module, "_COPIED_CPU", limit)
+    monkeypatch.setattr(update_module, "_SMALL", 0)
     torch.testing.assert_close(trained(parameter, layout, grads, fused=False), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e20])
+@pytest.mark.parametrize("name", ["row", "head", "tensor", "element", "interleaved", "norm"])
+def test_gradients_whose_squares_overflow_follow_the_paper_as_far_as_adamw_does(name: str, size: float) -> None:
+    # A second moment takes (1 - beta2) of the squares, so that float32 holds those of gradients up to 5.8e20.
+    shape, layout = LAYOUTS[name]
+    options = {**OPTIONS, "betas": (0.9, 0.999)}
+    parameter, grads = torch.nn.Parameter(torch.randn(shape)), [torch.randn(shape).sign() * size for _ in range(3)]
+    expected = adam_mini_reference(parameter.detach(), grads, layout.block_index(shape), **options)
+    result = trained(parameter, layout, grads, fused=False, **options)
+    torch.testing.assert_close(result.detach().double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tensors_that_are_alike_step_together_as_each_by_itself(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, layout = LAYOUTS[name]
+    monkeypatch.setattr(update_module, "_COPIED_CPU", 50)  # stacks of three and more, and what is left over
+
+    def stepped(small: int) -> list[Tensor]:
+        monkeypatch.setattr(update_module, "_SMALL", small)
+        torch.manual_seed(3)
+        members = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for _ in range(8)]
+        model = torch.nn.ParameterList(members)
+        optimizer = AdamMini.for_model(model, rules=[("*", layout)], fused=False, **OPTIONS)
+        for number in range(3):
+            for place, parameter in enumerate(members):
+                # Some come late, so that their counts differ.
+                parameter.grad = torch.randn(shape).to(dtype) if number or place % 3 else None
+            optimizer.step()
+        states = [optimizer.state[p] for p in members]
+        return [t.detach() for p, state in zip(members, states) for t in (p, *state.values())]
+
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float64: 1e-14}[dtype]
+    for mine, other in zip(stepped(2**14), stepped(0)):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance / 10)
 
 
 # One rounding of the parameter a step: half a unit in the last place, in steps of this size.
@@ -186,5 +227,5 @@ def test_a_step_makes_no_temporary_of_the_parameters_size(rule: str, dtype: torc
     model.weight.grad = torch.randn_like(model.weight)
     optimizer.step()
     # In float32 under 1% of the weights; in bfloat16 chunks of p, g and m in float32, whatever the weights' size.
-    allowed = 640_000 if dtype == torch.float32 else 3 * 4 * update_module._CHUNK_CPU + 2**17
+    allowed = 640_000 if dtype == torch.float32 else 3 * 4 * update_module._COPIED_CPU + 2**17
     assert allocated_bytes(optimizer.step) <= allowed

@@ -164,6 +164,11 @@ class Layout:
         """Whether a tensor of this shape has this layout's axes and number of rows."""
         return max(self.axes, default=-1) < len(shape) and math.prod(self.state_shape(shape)) == self.rows
 
+    def stacked(self, count: int) -> Layout:
+        """The blocks of so many tensors of this layout, stacked along a new first axis."""
+        grids = tuple(Grid((count, *grid.sizes), (False, *grid.merged)) for grid in self.grids)
+        return Layout((0, *(axis + 1 for axis in self.axes)), grids, self.interleave + 1)
+
     def block_mean(self, row_means: Tensor) -> Tensor:
         """Replaces each row's value by the mean over its block.
 
