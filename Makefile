@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The CPU build is small; where a GPU is at hand, install torch for it first, or pass TORCH="torch".
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test matrix lint clean
+.PHONY: demo test oldest matrix lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed  ## pre-train a small Llama with Adam-mini and with AdamW, and compare
@@ -17,7 +17,10 @@ test: $(VENV)/.installed  ## lint, type check and all tests but the slow ones
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-matrix: $(VENV)/.installed  ## the oldest and the newest versions allowed, each in an environment of its own
+oldest: $(VENV)/.installed  ## the oldest versions allowed, and torch alone, in environments of their own
+	$(BIN)/python tests/matrix/run.py torch "no compiler" oldest
+
+matrix: $(VENV)/.installed  ## the same, and the newest versions from the index
 	$(BIN)/python tests/matrix/run.py
 
 lint: $(VENV)/.installed

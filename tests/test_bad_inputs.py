@@ -614,9 +614,6 @@ TABLE: dict[str, list[Bad]] = {
     ],
 }
 
-# What one test has heard the document need not hear again.
-pytestmark = pytest.mark.xdist_group("bad inputs")
-
 ROWS = [bad for rows in TABLE.values() for bad in rows]
 
 

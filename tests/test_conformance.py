@@ -36,9 +36,6 @@ from torch.testing._internal.common_optimizers import optim_db  # noqa: E402
 for topic in TOPICS:
     importlib.import_module(f"conformance.{topic}")
 
-# What one test has found the table need not find again.
-pytestmark = pytest.mark.xdist_group("conformance")
-
 
 def label(number: int) -> str:
     found = registry.CHECKS[number]

@@ -11,10 +11,11 @@ import pytest
 import torch
 import zoo
 from test_hf import arguments, inner, trainer_for
+from tiny import llama, train
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from adam_mini_plugins import AdamMini, Partition, partition
 from adam_mini_plugins.convert import adam_mini_, take_over_adamw
@@ -26,22 +27,6 @@ from launch import launch
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}
 Q = "model.layers.0.self_attn.q_proj.weight"
 V = "model.layers.0.self_attn.v_proj.weight"
-
-
-def llama(**options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **options}))
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        tokens = torch.randint(0, 20, (2, 8), generator=generator)
-        optimizer.zero_grad()
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
 
 
 def adamw_run(steps: int = 3, **options: Any) -> tuple[LlamaForCausalLM, AdamW]:
@@ -425,7 +410,6 @@ def test_other_models_go_there_and_back(name: str) -> None:
     optimizer.to_adamw().step()
 
 
-@pytest.mark.xdist_group("engines")
 def test_sharded_parameters_are_converted_as_whole_ones_are() -> None:
     figures = launch("native.py", 2, "change_of_mind")["change_of_mind"]
     assert figures["weights"] <= 2e-6

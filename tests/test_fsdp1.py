@@ -13,8 +13,6 @@ sys.path.append(str(Path(__file__).parent / "engines"))
 
 from launch import launch
 
-pytestmark = pytest.mark.xdist_group("engines")
-
 CLOSE = 1e-6  # the largest difference of a parameter from one process, after 5 steps
 SHARE = 0.51  # the most that state may take of AdamW's
 

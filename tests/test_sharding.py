@@ -33,8 +33,6 @@ from launch import launch
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "sharded.py"
 
-pytestmark = pytest.mark.xdist_group("engines")
-
 # The largest difference of a parameter from one process, after 5 steps.
 CLOSE = 1e-6
 # The most that state may take of AdamW's.

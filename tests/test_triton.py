@@ -74,9 +74,9 @@ class Tensors:
         self.seen: list[list[Tensor]] = []
         self._new = new
 
-    def step(self, **options) -> None:
+    def step(self, grads: list[Tensor] | None = None, **options) -> None:
         """Steps with new gradients."""
-        grads = [torch.randn(p.shape) * 10 ** torch.randn(p.shape) for p in self.params]
+        grads = grads or [torch.randn(p.shape) * 10 ** torch.randn(p.shape) for p in self.params]
         self.grads = [self._new(g, p.dtype) for g, p in zip(grads, self.params)]
         self.seen.append([g.clone() for g in self.grads])
         self.launch(**options)
@@ -168,6 +168,33 @@ def test_block_means_that_are_known_are_taken_as_they_are(name: str) -> None:
     torch.testing.assert_close(one.exp_avg_sqs[0].double(), v, rtol=1e-6, atol=0)
     torch.testing.assert_close(one.params[0].double(), expected, rtol=1e-6, atol=1e-6)
     other.step()  # a process without a row
+
+
+def test_second_moments_are_kept_where_none_of_the_elements_are() -> None:
+    # A process may hold no column of a tensor that is cut across its rows, and the rows' second moments all the same.
+    tensors = Tensors([((4, 0), Layout.each_row(4)), LAYOUTS["head"]])
+    tensors.means[0] = torch.tensor([[1.0], [2.0], [3.0], [4.0]], device=DEVICE)
+    tensors.step()
+    torch.testing.assert_close(tensors.exp_avg_sqs[0], (1 - 0.95) * tensors.means[0])
+    tensors.check()
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e17, 4e19])
+def test_squares_may_be_larger_than_float32_holds_where_what_they_add_is_not(size: float) -> None:
+    """Of a square of 3e39, (1 - beta2) = 0.05 counts; of that of one large element, its share in the block."""
+    members = [
+        *(LAYOUTS[name] for name in ("row", "head", "tensor", "element", "fused")),
+        ((24, 8), Layout.groups(3, 8)),
+        ((3, 100), Layout.each_row(3)),
+    ]
+    with small_programs():
+        tensors = Tensors(members)
+        for _ in range(2):
+            grads = [(torch.rand(p.shape) + 0.5) * torch.randn(p.shape).sign() * size / 1.1 for p in tensors.params]
+            grads[-1] = torch.zeros(3, 100)
+            grads[-1][:, 57] = 10 * size
+            tensors.step(grads, eps=0.0)
+    tensors.check(eps=0.0)
 
 
 def test_a_shard_of_rows_that_are_blocks_needs_no_more_than_itself() -> None:

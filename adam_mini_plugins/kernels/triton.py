@@ -8,8 +8,8 @@ few launches:
 kernel             for                                         bytes moved for a float32 parameter
 =================  ==========================================  =============================================
 ``_step_blocks``   blocks of up to ``_LONGEST`` elements       20: a program holds its blocks in registers
-``_square_sums``   longer blocks (a head, a whole vector),     4: a partial sum a tile
-``_averages``      in three phases                             0: adds up a block's partial sums, in order
+``_square_sums``   longer blocks (a head, a whole vector),     4: what each tile adds
+``_averages``      in three phases                             0: adds up what a block's tiles add, in order
 ``_descend``                                                   20: the parameters, tile by tile
 =================  ==========================================  =============================================
 
@@ -47,7 +47,7 @@ from torch import Tensor
 
 from ..blocks import Layout
 from ..blocks.layout import Span
-from ..update import row_squares
+from ..update import block_means_of
 
 # Elements of a program: with 8 warps, 16 of each tensor in the registers of a thread.
 _TILE = 4096
@@ -129,7 +129,7 @@ def _step_blocks(
     p = tl.load(p_pointers, mask=inside, other=0).to(tl.float32)
     lr, step_size, root, key = _rates(tensor, lr, step, log_beta1, log_beta2, LR_ON_DEVICE, CAPTURABLE, STOCHASTIC)
 
-    v = beta2 * v + rest2 * (tl.sum(g * g, axis=1) / count)
+    v = beta2 * v + _weighted_squares(g, rest2 / count, 1)
     m = beta1 * m + rest1 * g
     scale = step_size / (tl.sqrt(v) / root + eps)
     p = p * (1 - lr * weight_decay) - scale[:, None] * m
@@ -143,8 +143,8 @@ def _step_blocks(
 
 
 @triton.jit
-def _square_sums(programs, jobs, tensors, sums, G: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
-    """The sum of squares of a tile of a long block."""
+def _square_sums(programs, jobs, tensors, sums, rest2, G: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+    """What a tile of a long block adds to the block's second moment."""
     job, local = _job(programs, jobs)
     tensor = tensors + tl.load(job + _TENSOR) * _TENSOR_COLUMNS
     columns = tl.load(job + _COLUMNS)
@@ -158,11 +158,11 @@ def _square_sums(programs, jobs, tensors, sums, G: tl.constexpr, ALIGNED: tl.con
         left = tl.multiple_of(left, 8)
     k = tl.arange(0, TILE)
     g = tl.load(_pointer(tensor, _GRAD, G, ALIGNED) + start + k, mask=k < left, other=0).to(tl.float32)
-    tl.store(sums + tl.load(job + _SUMS) + local, tl.sum(g * g))
+    tl.store(sums + tl.load(job + _SUMS) + local, _weighted_squares(g, rest2 / count, 0))
 
 
 @triton.jit
-def _averages(programs, jobs, tensors, sums, beta2, rest2, TILE: tl.constexpr, ROWS: tl.constexpr):
+def _averages(programs, jobs, tensors, sums, beta2, TILE: tl.constexpr, ROWS: tl.constexpr):
     """The new second moment of ``ROWS`` rows of a long block. Programs of the same block add up the same."""
     job, local = _job(programs, jobs)
     tensor = tensors + tl.load(job + _TENSOR) * _TENSOR_COLUMNS
@@ -179,7 +179,7 @@ def _averages(programs, jobs, tensors, sums, beta2, rest2, TILE: tl.constexpr, R
     row = (local % parts) * ROWS + k
     pointers = _pointer(tensor, _EXP_AVG_SQ, tl.float32, False) + tl.load(job + _START) + block * size + row
     v = tl.load(pointers, mask=row < size, other=0)
-    tl.store(pointers, beta2 * v + rest2 * (tl.sum(total) / count), mask=row < size)
+    tl.store(pointers, beta2 * v + tl.sum(total), mask=row < size)
 
 
 @triton.jit
@@ -251,6 +251,15 @@ def _pointer(tensor, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.cons
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def _weighted_squares(g, weight, AXIS: tl.constexpr):
+    """The sum of squares times a weight, which float32 may hold where it holds none of the squares."""
+    near = tl.sum(g * g, AXIS)
+    far = g * 2.0**-32
+    far = tl.sum(far * far, AXIS)
+    return tl.where(near < float("inf"), near * weight, far * weight * 2.0**64)
 
 
 @triton.jit
@@ -438,8 +447,7 @@ def _average_apart(members: Sequence[tuple[Tensor, Tensor, Layout, Tensor | None
     averages, means = [], []
     for grad, exp_avg_sq, layout, known in members:
         if known is None:
-            squares = row_squares(grad, layout.axes, exp_avg_sq.dtype)
-            known = layout.block_mean(squares.mul_(squares.numel() / grad.numel()))
+            known = block_means_of(grad, layout, exp_avg_sq)
         averages.append(exp_avg_sq)
         means.append(known)
     torch._foreach_mul_(averages, beta2)
@@ -531,6 +539,8 @@ class _Plan:
             zip(shapes, dtypes, layouts, has_means, aligned)
         ):
             if 0 in shape:
+                # None of a tensor's elements may be here, but second moments that other processes have too.
+                self.apart += [number] * with_means
                 continue
             kinds = tuple(_DTYPES[dtype] for dtype in types)
             columns, period = _row_index(shape, layout.axes)  # type: ignore[misc]

@@ -6,6 +6,8 @@ Run in each environment of `run.py`, and with the other tests in theirs.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,23 @@ def test_plain_torch() -> None:
     optimizer = AdamMini.for_model(model, lr=0.01)
     model(IDS).square().sum().backward()
     trains(model, optimizer, optimizer.step)
+
+
+STEP = """
+import torch, adam_mini_plugins
+model = torch.nn.Linear(2, 2)
+model(torch.ones(2)).sum().backward()
+adam_mini_plugins.AdamMini.for_model(model).step()
+"""
+
+
+def test_an_install_has_the_kernel_where_there_was_a_compiler_and_a_step_says_so_where_not() -> None:
+    compiler = shutil.which(os.environ.get("CC", "cc").split()[0])
+    assert (importlib.util.find_spec("adam_mini_plugins.kernels._cpu") is None) == (compiler is None)
+    done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = "AdamMini steps on a CPU without its fused kernel (it was not built: the install found no C compiler)"
+    assert (said in done.stderr.splitlines()) == (compiler is None)
 
 
 @pytest.mark.parametrize("package", DOORS)
