@@ -35,6 +35,9 @@ _CHUNK_ELSEWHERE = 2**25
 # On a CPU, tensors of up to so many elements are stacked: for a few, dispatching an operation is what takes time.
 _SMALL = 2**14
 
+# What torch takes for a list of tensors.
+_Tensors = list[Tensor] | tuple[Tensor, ...]
+
 
 def adam_mini(
     params: Sequence[Tensor],
@@ -180,11 +183,11 @@ def _update(
 
 
 def _descend(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    places: Sequence[Tensor],
+    params: _Tensors,
+    grads: _Tensors,
+    exp_avgs: _Tensors,
+    scales: _Tensors,
+    places: _Tensors,
     rates: _Rates,
 ) -> None:
     """Updates momenta and parameters in the dtype of the scales, by which the momenta are subtracted."""
@@ -202,12 +205,12 @@ def _descend(
             round_stochastically_(param, p, place, rates.rounding_key)
 
 
-def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+def _cast(tensors: _Tensors, dtype: torch.dtype) -> _Tensors:
     """Tensors of one dtype in another: copies, or themselves."""
     return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
 
 
-def _store(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def _store(targets: _Tensors, values: _Tensors) -> None:
     """Rounds results to where they belong, unless that is where they are."""
     if values is not targets:
         torch._foreach_copy_(targets, values)
