@@ -96,19 +96,8 @@ def passes(name: str, folder: Path) -> None:
     # From here, and not from the repository: python -c and -m import from where they are started.
     run(folder, python, "-c", SHOW_VERSIONS)
     files = [tests / test for test in environment.tests]
-    run(
-        folder,
-        python,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        folder,
-        *files,
-        **environment.variables,
-    )
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder)
+    run(folder, python, *pytest, *files, **environment.variables)
     print(f"{name}: built in {built - start:.0f} s, tested in {time.monotonic() - built:.0f} s", flush=True)
 
 
