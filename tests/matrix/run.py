@@ -60,9 +60,9 @@ ENVIRONMENTS = {
 }
 
 
-def run(*command: str | Path, **environment: str) -> None:
-    """Runs a command, and ends the program where it fails."""
-    done = subprocess.run(list(map(str, command)), env={**os.environ, **environment})
+def run(folder: Path, *command: str | Path, **environment: str) -> None:
+    """Runs a command in a folder, and ends the program where it fails."""
+    done = subprocess.run(list(map(str, command)), cwd=folder, env={**os.environ, **environment})
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}: exit {done.returncode}")
 
@@ -85,17 +85,19 @@ def passes(name: str, folder: Path) -> None:
     environment, start = ENVIRONMENTS[name], time.monotonic()
     source, tests, python = folder / "source", folder / "tests", folder / "venv" / "bin" / "python"
     shutil.copytree(ROOT, source, ignore=not_sources)
-    run(*UV, "venv", "--quiet", "--python", python_for(environment.resolution), folder / "venv")
+    run(folder, *UV, "venv", "--quiet", "--python", python_for(environment.resolution), folder / "venv")
     wanted = [f"adam-mini-plugins{environment.extras} @ {source.as_uri()}", *TESTING, *environment.testing]
     options = ("--quiet", "--python", python, "--resolution", environment.resolution)
-    run(*UV, "pip", "install", *options, *wanted, **environment.variables)
+    run(folder, *UV, "pip", "install", *options, *wanted, **environment.variables)
     built = time.monotonic()
     shutil.copytree(ROOT / "tests", tests, ignore=BUILT)
     shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copy(ROOT / "pyproject.toml", folder)
-    run(python, "-c", SHOW_VERSIONS)
+    # From here, and not from the repository: python -c and -m import from where they are started.
+    run(folder, python, "-c", SHOW_VERSIONS)
     files = [tests / test for test in environment.tests]
-    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder, *files, **environment.variables)
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder)
+    run(folder, python, *pytest, *files, **environment.variables)
     print(f"{name}: built in {built - start:.0f} s, tested in {time.monotonic() - built:.0f} s", flush=True)
 
 
