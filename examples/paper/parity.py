@@ -61,7 +61,7 @@ class Parity(LlamaExperiment):
     claim = "the paper's blocks end level with AdamW, to 0.5% of the loss, once a training is long enough"
 
     size: str = flag("mini-2048", "the model, as for the other experiments")
-    steps: int = flag(1600, "steps of the longest training")
+    steps: int = flag(1280, "steps of the longest training")
     lengths: int = flag(3, "how many lengths, each a quarter of the next")
     lrs: tuple[float, ...] = flag((3e-3, 1e-2), "peak learning rates")
     blocks: tuple[str, ...] = flag(

@@ -70,9 +70,9 @@ class Pretrain(LlamaExperiment):
     lr: float = flag(5e-3, "AdamW's customary peak rate; the others' are fixed multiples of it")
     factors: tuple[float, ...] = flag((0.4, 1.0, 2.5), "the rates that are tried, in units of the customary one")
     optimizers: tuple[str, ...] = flag(tuple(CUSTOMARY), "which are trained; AdamW and Adam-mini always are")
-    beta1s: tuple[float, ...] = flag((0.8, 0.95), "tried besides 0.9")
-    beta2s: tuple[float, ...] = flag((0.9, 0.99, 0.999), "tried besides 0.95")
-    epsilons: tuple[float, ...] = flag((1e-10, 1e-6), "tried besides 1e-8")
+    beta1s: tuple[float, ...] = flag((0.8,), "tried besides 0.9")
+    beta2s: tuple[float, ...] = flag((0.9, 0.999), "tried besides 0.95")
+    epsilons: tuple[float, ...] = flag((1e-6,), "tried besides 1e-8")
 
     def names(self) -> list[str]:
         """The optimizers, AdamW and Adam-mini first."""
