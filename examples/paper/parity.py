@@ -61,7 +61,7 @@ class Parity(LlamaExperiment):
     claim = "the paper's blocks end level with AdamW, to 0.5% of the loss, once a training is long enough"
 
     size: str = flag("mini-2048", "the model, as for the other experiments")
-    steps: int = flag(1280, "steps of the longest training")
+    steps: int = flag(960, "steps of the longest training")
     lengths: int = flag(3, "how many lengths, each a quarter of the next")
     lrs: tuple[float, ...] = flag((3e-3, 1e-2), "peak learning rates")
     blocks: tuple[str, ...] = flag(
@@ -93,7 +93,7 @@ class Parity(LlamaExperiment):
         for axis, lr in zip(axes[0], self.lrs):
             for number, name in enumerate(self.blocks):
                 gaps = [self.gaps(results, name, lr, steps) for steps in self.lasting()]
-                style = {"color": f"C{(5, 0, 3, 4, 2, 1)[number % 6]}", "marker": "osD^vP"[number % 6]}
+                style = {"color": f"C{(5, 3, 0, 4, 2, 1)[number % 6]}", "marker": "osD^vP"[number % 6]}
                 apart = [steps * 1.04 ** (number - len(self.blocks) // 2) for steps in self.lasting()]
                 line = ("-", "--", "-.", ":")[number % 4]
                 whiskers(axis, apart, gaps, name, ls=line, **style)

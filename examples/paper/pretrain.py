@@ -67,6 +67,7 @@ class Pretrain(LlamaExperiment):
     claim = "Adam-mini is on par with AdamW, better than the other memory-efficient optimizers, and not more sensitive"
 
     size: str = flag("mini", "the model: mini, tiny, or one of examples/pretrain.py's (demo, 39M, 67M, ...)")
+    steps: int = flag(200, "optimizer steps of a training")
     lr: float = flag(5e-3, "AdamW's customary peak rate; the others' are fixed multiples of it")
     factors: tuple[float, ...] = flag((0.4, 1.0, 2.5), "the rates that are tried, in units of the customary one")
     optimizers: tuple[str, ...] = flag(tuple(CUSTOMARY), "which are trained; AdamW and Adam-mini always are")
@@ -120,7 +121,7 @@ class Pretrain(LlamaExperiment):
         labels = list(self.changed(OURS))
         settings.set_yticks(range(len(labels)), labels)
         settings.invert_yaxis()
-        settings.set(title=f"One setting changed (lr {self.lr:g}, {BETAS}, {EPS:g})", xlabel="final loss (nats/token)")
+        settings.set(title="One setting changed", xlabel="final loss (nats/token)")
         settings.legend(frameon=False, fontsize=8)
         settings.grid(alpha=0.25)
         return figure

@@ -31,7 +31,7 @@ class Scaling(Experiment):
 
     seeds: int = flag(3, "number of initial weights and orders of the data")
     sizes: tuple[str, ...] = flag(("micro", "mini", "tiny"), "the models: micro, mini, tiny, demo, 39M, 67M, ...")
-    tokens_per_parameter: tuple[float, ...] = flag((0.5, 2.0), "lengths of the trainings, the shortest first")
+    tokens_per_parameter: tuple[float, ...] = flag((0.5, 1.5), "lengths of the trainings, the shortest first")
     lr: float = flag(3e-3, "peak learning rate")
     blocks: tuple[str, ...] = flag((PAPER, BY_CHANNEL), "rules for the blocks, as for parity; the first is judged")
     dataset: str = flag("", "texts, as for examples/pretrain.py; by default Python's standard library")
