@@ -7,10 +7,13 @@ from .hessian_mlp import HessianMLP
 from .hessian_transformer import HessianTransformer
 from .leave_one_out import LeaveOneOut
 from .memory import Memory
+from .parity import Parity
 from .partition import PartitionAblation
 from .preconditioner import Preconditioner
+from .pretrain import Pretrain
 from .quadratic import Quadratic
 from .reduction import Reduction
+from .scaling import Scaling
 from .trajectory import Trajectory
 from .value import Value
 
@@ -24,5 +27,8 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Reduction,
     Value,
     Trajectory,
+    Pretrain,
+    Scaling,
+    Parity,
     Memory,
 )

@@ -1,4 +1,4 @@
-"""The small Llama on Python's source code that several experiments train: examples/pretrain.py's, and a smaller one."""
+"""The small Llama on Python's source code that several experiments train: examples/pretrain.py's, and smaller ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib import pyplot as plt
@@ -20,6 +20,9 @@ from torch.optim import Optimizer
 
 from .frame import Case, Experiment, Result, flag, median
 from .plots import WIDTH, band
+
+if TYPE_CHECKING:
+    from examples.pretrain import Size
 
 BETAS, WEIGHT_DECAY, CLIP, WARMUP = (0.9, 0.95), 0.1, 1.0, 0.05
 EVALUATIONS = 10
@@ -34,7 +37,7 @@ class LlamaExperiment(Experiment):
 
     seeds: int = flag(3, "number of initial weights and orders of the data")
     steps: int = flag(300, "optimizer steps of a training")
-    size: str = flag("tiny", "the model: tiny, or one of examples/pretrain.py's (demo, 39M, 67M, ...)")
+    size: str = flag("tiny", "the model: mini, tiny, or one of examples/pretrain.py's (demo, 39M, 67M, ...)")
     dataset: str = flag("", "texts, as for examples/pretrain.py; by default Python's standard library")
 
     def base(self, seed: int) -> Case:
@@ -113,19 +116,37 @@ def point(loss: float | None) -> float:
     return math.nan if loss is None else loss
 
 
+def size_of(size: str) -> Size:
+    """A model and how it is trained: one of examples/pretrain.py's, or of the smaller ones here."""
+    from examples import pretrain
+
+    sizes = {
+        "micro": pretrain.Size(16, 2, 2, 2, 64, 300, vocab_size=512, batch_size=4, lr=3e-3),
+        "mini": pretrain.Size(32, 2, 2, 2, 64, 300, vocab_size=512, batch_size=4, lr=3e-3),
+        "mini-2048": pretrain.Size(32, 2, 2, 2, 64, 300, vocab_size=2048, batch_size=4, lr=3e-3),
+        "tiny": pretrain.Size(64, 2, 4, 4, 64, 300, vocab_size=512, batch_size=8, lr=1e-3),
+        **pretrain.SIZES,
+    }
+    if size not in sizes:
+        raise SystemExit(f"--size {size}: choose from {', '.join(sizes)}")
+    return sizes[size]
+
+
 @lru_cache(maxsize=1)
 def material(size: str, dataset: str, steps: int, seed: int) -> tuple[argparse.Namespace, Any, Tensor, Tensor]:
     """Arguments as of examples/pretrain.py, a tokenizer, sequences to train on and held-out ones."""
     from examples import pretrain
 
-    sizes = {"tiny": pretrain.Size(64, 2, 4, 4, 64, 300, vocab_size=512, batch_size=8, lr=1e-3), **pretrain.SIZES}
-    if size not in sizes:
-        raise SystemExit(f"--size {size}: choose from {', '.join(sizes)}")
-    given = {**asdict(sizes[size]), "steps": steps, "seed": seed, "eval_sequences": 64, "dataset": dataset or None}
+    given = {**asdict(size_of(size)), "steps": steps, "seed": seed, "eval_sequences": 64, "dataset": dataset or None}
     args = argparse.Namespace(**given, glob=["*.py", "*.txt", "*.md"], dataset_config=None, text_column="text")
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = Path(folder)
         return args, *pretrain.load_data(args)
+
+
+def material_of(case: Case) -> tuple[argparse.Namespace, Any, Tensor, Tensor]:
+    """A case's material; cases of several lengths have the same where they say for how many steps it is to last."""
+    return material(case["size"], case["dataset"], case.get("text_for_steps", case["steps"]), case["seed"])
 
 
 def small_text(vocabulary: int, length: int, seed: int) -> Tensor:
@@ -143,13 +164,13 @@ def new_model(case: Case) -> nn.Module:
     """A case's model with its initial weights, the same at every call."""
     from examples import pretrain
 
-    args, tokenizer, *_ = material(case["size"], case["dataset"], case["steps"], case["seed"])
+    args, tokenizer, *_ = material_of(case)
     return pretrain.build_model(args, tokenizer).to(_device())
 
 
 def batches(case: Case) -> Iterator[Tensor]:
     """A case's batches, one epoch after another, each in an order of its own."""
-    args, _, sequences, _ = material(case["size"], case["dataset"], case["steps"], case["seed"])
+    args, _, sequences, _ = material_of(case)
     generator = torch.Generator().manual_seed(case["seed"])
     while True:
         for chosen in torch.randperm(len(sequences), generator=generator).split(args.batch_size):
@@ -175,7 +196,7 @@ def train(
 
     steps = case["steps"]
     model = new_model(case)
-    *_, held_out = material(case["size"], case["dataset"], steps, case["seed"])
+    *_, held_out = material_of(case)
     optimizers = build(model)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     schedulers = [get_scheduler(name, optimizer, round(WARMUP * steps), steps) for optimizer in optimizers]

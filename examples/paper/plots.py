@@ -21,6 +21,16 @@ def band(axes: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], labe
     axes.fill_between(x, least, most, color=line.get_color(), alpha=0.18, lw=0)
 
 
+def whiskers(axes: Axes, x: Sequence[float], found: Sequence[Sequence[float]], label: str, **style: Any) -> None:
+    """The median of several seeds' values at each place, with whiskers from the least to the most."""
+    middle = [median(values) for values in found]
+    error = [
+        [m - min(values) for m, values in zip(middle, found)],
+        [max(values) - m for m, values in zip(middle, found)],
+    ]
+    axes.errorbar(x, middle, error, capsize=3, label=label, **style)
+
+
 def heat(axes: Axes, values: Tensor, **options: Any) -> AxesImage:
     """A matrix as an image without ticks; one colour map for all, from dark to light, readable in grey too."""
     image = axes.imshow(values, cmap="cividis", interpolation="nearest", **options)
