@@ -1,4 +1,4 @@
-"""What experiments have in common: flags, cases that are measured one at a time, a verdict, a line of the table."""
+"""What experiments have in common: flags, cases that are measured one by one, a verdict, a line of the table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .workers import Workers
 
 LIBRARIES = ("torch", "transformers", "pytorch_optimizer")
 DIGITS = 5  # that are kept of a float: losses in a file that people read
@@ -60,6 +63,7 @@ class Experiment(ABC):
     name: ClassVar[str]
     shows: ClassVar[str]  # the paper's figure or table
     claim: ClassVar[str]
+    parallel: ClassVar[bool] = True  # False where time is measured: one case after the other, on all cores
 
     @abstractmethod
     def cases(self) -> list[Case]:
@@ -89,22 +93,33 @@ class Experiment(ABC):
         return " ".join(["python -m examples.paper", self.name, *given])
 
 
-def run(experiment: Experiment, folder: Path, fresh: bool, console: Console) -> Verdict:
-    """Measures the cases that the folder doesn't have yet; then draws, judges and writes the table's line.
+def run(experiment: Experiment, folder: Path, fresh: bool, console: Console, workers: Workers | None = None) -> Verdict:
+    """Measures the cases that the folder doesn't have yet; then draws, judges and writes the results.
+
+    Args:
+        experiment: The experiment with its flags.
+        folder: Where ``NAME.json`` and ``NAME.png`` go.
+        fresh: Drop what the folder has.
+        console: Where progress and verdict are printed.
+        workers: The processes that measure; this one by default.
 
     Raises:
         SystemExit: The folder holds what other flags or another machine have measured.
     """
+    workers = workers if workers and experiment.parallel else Workers()
     path = folder / f"{experiment.name}.json"
-    record = _record(experiment)
+    record = _record(experiment, workers.threads)
     old = json.loads(path.read_text()) if path.exists() and not fresh else {"results": []}
     kept = {_key(result["case"]): Result(**result) for result in old["results"]}
-    cases = experiment.cases()
-    left = [case for case in cases if _key(case) not in kept]
-    if kept.keys() - {_key(case) for case in cases}:
+    cases = {_key(case): case for case in experiment.cases()}
+    left = [case for key, case in cases.items() if key not in kept]
+    if kept.keys() - cases.keys():
         raise SystemExit(f"{path} holds cases of other flags ({old['command']}): --fresh drops them, or --output-dir")
     if kept and left and old["environment"] != record["environment"]:
-        raise SystemExit(f"{path} was begun on another machine or with other versions: --fresh begins anew")
+        raise SystemExit(
+            f"{path} was begun on another machine, with other versions or with other threads a worker "
+            f"({old['environment'].get('threads')}, here {workers.threads}): --fresh begins anew"
+        )
     if kept:
         record["environment"] = old["environment"]
 
@@ -112,22 +127,16 @@ def run(experiment: Experiment, folder: Path, fresh: bool, console: Console) -> 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(experiment.name, total=len(cases), completed=len(cases) - len(left))
-        for case in left:
-            label = ", ".join(f"{name} {value}" for name, value in case.items() if value != "")
-            bar.update(task, description=f"{experiment.name}: {label}")
-            began = time.perf_counter()
-            found = experiment.measure(case)
-            result = Result(case, _rounded(found), round(time.perf_counter() - began, 1))
-            kept[_key(case)] = result
+        for result in workers.completed(partial(_measured, experiment), left):
+            kept[_key(result.case)] = result
+            label = ", ".join(f"{name} {value}" for name, value in result.case.items() if value != "")
             console.print(f"{experiment.name}: {label}  ({result.seconds:.0f} s)", highlight=False, style="dim")
             bar.advance(task)
-            _write(path, {**record, "results": [asdict(r) for r in kept.values()]})
+            _write(path, {**record, "results": [asdict(kept[key]) for key in cases if key in kept]})
 
-    results = [kept[_key(case)] for case in cases]
+    results = [kept[key] for key in cases]
     verdict = experiment.judge(results)
-    seconds = sum(result.seconds for result in results)
-    record.update(verdict=asdict(verdict), minutes=round(seconds / 60, 1))
-    _write(path, {**record, "results": [asdict(result) for result in results]})
+    _write(path, {**record, "verdict": asdict(verdict), "results": [asdict(result) for result in results]})
     plt.switch_backend("Agg")
     with plt.style.context(STYLE):
         figure = experiment.draw(results)
@@ -144,9 +153,9 @@ def write_table(experiments: Iterable[type[Experiment]], folder: Path) -> Path:
         "# The paper's claims",
         "",
         "Written by `python -m examples.paper`; each figure comes from the command beside it. Median (least to most) "
-        "over seeds.",
+        "over seeds. Core-minutes are the time of all cases times the threads of each: n cores take about 1/n of that.",
         "",
-        "| name | paper | claim | held | seeds | minutes | command | machine |",
+        "| name | paper | claim | held | seeds | core-minutes | command | machine |",
         "| --- | --- | --- | --- | ---: | ---: | --- | ---: |",
     ]
     pictures = []
@@ -163,7 +172,7 @@ def write_table(experiments: Iterable[type[Experiment]], folder: Path) -> Path:
             if machine not in machines:
                 machines.append(machine)
             verdict = Verdict(**record["verdict"])
-            row = [f"{_said(verdict)} {verdict.line}", str(len(seeds) or ""), f"{record['minutes']:.1f}"]
+            row = [f"{_said(verdict)} {verdict.line}", str(len(seeds) or ""), f"{_core_minutes(record):.1f}"]
             row += [f"`{record['command']}`", str(machines.index(machine) + 1)]
             name = f"[{experiment.name}]({experiment.name}.json)"
             pictures += [
@@ -212,26 +221,36 @@ def _said(verdict: Verdict) -> str:
     return "**yes:**" if verdict.held else "**no:**"
 
 
+def _measured(experiment: Experiment, case: Case) -> Result:
+    began = time.perf_counter()
+    found = experiment.measure(case)
+    return Result(case, _rounded(found), round(time.perf_counter() - began, 1))
+
+
 def _key(case: Case) -> str:
     return json.dumps(case, sort_keys=True)
 
 
-def _record(experiment: Experiment) -> dict[str, Any]:
+def _record(experiment: Experiment, threads: int) -> dict[str, Any]:
     environment = {
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,  # of torch, in each process that measured
         "python": platform.python_version(),
         **{library: version(library) for library in (*LIBRARIES, "adam-mini-plugins")},
     }
     return {"experiment": experiment.name, "command": experiment.command, "environment": environment}
 
 
+def _core_minutes(record: dict[str, Any]) -> float:
+    return sum(result["seconds"] for result in record["results"]) * record["environment"]["threads"] / 60
+
+
 def _machine(environment: dict[str, Any]) -> str:
     """One line of text for it."""
     versions = [f"{name} {environment[name]}" for name in ("python", *LIBRARIES, "adam-mini-plugins")]
-    cores = f"{environment['device']}, {environment['cpu_cores']} cores, {environment['threads']} threads"
+    cores = f"{environment['device']}, {environment['cpu_cores']} cores, threads a process: {environment['threads']}"
     return f"{environment['platform']} ({cores}); {', '.join(versions)}"
 
 
