@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .frame import Experiment
+from .graph import Graph
 from .hessian_mlp import HessianMLP
 from .hessian_transformer import HessianTransformer
 from .leave_one_out import LeaveOneOut
@@ -11,8 +12,10 @@ from .partition import PartitionAblation
 from .preconditioner import Preconditioner
 from .quadratic import Quadratic
 from .reduction import Reduction
+from .throughput import Throughput
 from .trajectory import Trajectory
 from .value import Value
+from .vision import Vision
 
 EXPERIMENTS: tuple[type[Experiment], ...] = (
     Quadratic,
@@ -24,5 +27,8 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Reduction,
     Value,
     Trajectory,
+    Vision,
+    Graph,
     Memory,
+    Throughput,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -27,6 +28,20 @@ LIBRARIES = ("torch", "transformers", "pytorch_optimizer")
 DIGITS = 5  # that are kept of a float: losses in a file that people read
 STYLE = ["tableau-colorblind10", {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}]
 
+HEAD = """# The paper's claims
+
+The claims of "Adam-mini: Use Fewer Learning Rates To Gain More", each measured again in small and without network.
+The rule that says whether a claim holds here stands in the code; its figures stand below the table: median over seeds
+(least to most).
+
+    python -m examples.paper {example}     # one of them; --help after the name shows its flags
+    python -m examples.paper all           # all of them
+
+What is measured is kept case by case: a run that was stopped goes on where it stopped. A core-minute is one core for a
+minute; together they are {total:.0f}, and a machine of n cores takes about 1/n of that. This page is written by
+`python -m examples.paper table`.
+"""
+
 Case = dict[str, Any]
 
 
@@ -41,9 +56,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the claim held, and the figures that say so in one line."""
+    """Whether the claim held, ``None`` where this machine can't tell, and the figures that say so in one line."""
 
-    held: bool
+    held: bool | None
     line: str
 
 
@@ -63,6 +78,7 @@ class Experiment(ABC):
     name: ClassVar[str]
     shows: ClassVar[str]  # the paper's figure or table
     claim: ClassVar[str]
+    libraries: ClassVar[tuple[str, ...]] = ()  # that are measured with, besides those of all
     parallel: ClassVar[bool] = True  # False where time is measured: one case after the other, on all cores
 
     @abstractmethod
@@ -142,50 +158,50 @@ def run(experiment: Experiment, folder: Path, fresh: bool, console: Console, wor
         figure = experiment.draw(results)
         figure.savefig(folder / f"{experiment.name}.png", dpi=150)
         plt.close(figure)
-    console.print(f"{experiment.name}: {_said(verdict)} {verdict.line}", highlight=False)
+    console.print(f"{experiment.name}: {_said(verdict)}: {verdict.line}", highlight=False)
     return verdict
 
 
-def write_table(experiments: Iterable[type[Experiment]], folder: Path) -> Path:
-    """Writes the summary of what the folder holds, a line an experiment."""
+def write_table(experiments: Sequence[type[Experiment]], folder: Path) -> Path:
+    """Writes the summary of what the folder holds: a line an experiment, then a section each that has been run."""
     machines: list[str] = []
-    lines = [
-        "# The paper's claims",
-        "",
-        "Written by `python -m examples.paper`; each figure comes from the command beside it. Median (least to most) "
-        "over seeds. Core-minutes are the time of all cases times the threads of each: n cores take about 1/n of that.",
-        "",
-        "| name | paper | claim | held | seeds | core-minutes | command | machine |",
-        "| --- | --- | --- | --- | ---: | ---: | --- | ---: |",
-    ]
-    pictures = []
+    rows, sections, total = [], [], 0.0
     for experiment in experiments:
         path = folder / f"{experiment.name}.json"
         record = json.loads(path.read_text()) if path.exists() else {"results": []}
-        if "verdict" not in record:
-            said = f"stopped after {len(record['results'])} cases" if record["results"] else "not yet run"
-            row = [said, "", "", f"`python -m examples.paper {experiment.name}`", ""]
-            name = experiment.name
-        else:
-            seeds = {result["case"]["seed"] for result in record["results"] if "seed" in result["case"]}
+        name, held, seeds, minutes = experiment.name, "not yet run", "", ""
+        if record["results"]:
+            held = f"stopped after {len(record['results'])} cases"
+        if "verdict" in record:
+            verdict = Verdict(**record["verdict"])
+            total += _core_minutes(record)
+            found = {result["case"]["seed"] for result in record["results"] if "seed" in result["case"]}
+            name, held = f"[{experiment.name}](#{experiment.name})", f"**{_said(verdict)}**"
+            seeds, minutes = str(len(found) or ""), f"{_core_minutes(record):.1f}"
             machine = _machine(record["environment"])
             if machine not in machines:
                 machines.append(machine)
-            verdict = Verdict(**record["verdict"])
-            row = [f"{_said(verdict)} {verdict.line}", str(len(seeds) or ""), f"{_core_minutes(record):.1f}"]
-            row += [f"`{record['command']}`", str(machines.index(machine) + 1)]
-            name = f"[{experiment.name}]({experiment.name}.json)"
-            pictures += [
+            own = "".join(f", {library} {record['environment'][library]}" for library in experiment.libraries)
+            sections += [
                 "",
-                f"## {experiment.name}: {experiment.shows}",
+                f"## {experiment.name}",
+                "",
+                f"{experiment.shows}. {inspect.cleandoc(experiment.__doc__ or '')}",
+                "",
+                f"Claim: {experiment.claim}. **{_said(verdict).capitalize()}:** {verdict.line}.",
+                "",
+                f"`{record['command']}` on machine {machines.index(machine) + 1}{own}; "
+                f"[all figures]({experiment.name}.json)",
                 "",
                 f"![{experiment.claim}]({experiment.name}.png)",
             ]
-        cells = (cell.replace("|", "\\|") for cell in (name, experiment.shows, experiment.claim, *row))
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Machines:", "", *(f"{number}. {machine}" for number, machine in enumerate(machines, 1))]
+        cells = (cell.replace("|", "\\|") for cell in (name, experiment.shows, experiment.claim, held, seeds, minutes))
+        rows.append(f"| {' | '.join(cells)} |")
+    head = HEAD.format(total=total, example=experiments[0].name)
+    columns = ["| name | paper | claim | held here | seeds | core-minutes |", "| --- | --- | --- | --- | ---: | ---: |"]
+    listed = ["", "Machines:", "", *(f"{number}. {machine}" for number, machine in enumerate(machines, 1))]
     target = folder / "README.md"
-    target.write_text("\n".join([*lines, *pictures]) + "\n")
+    target.write_text("\n".join([head, *columns, *rows, *listed, *sections]) + "\n")
     return target
 
 
@@ -218,7 +234,7 @@ def options(experiment: type[Experiment]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _said(verdict: Verdict) -> str:
-    return "**yes:**" if verdict.held else "**no:**"
+    return {True: "yes", False: "no", None: "not to be told here"}[verdict.held]
 
 
 def _measured(experiment: Experiment, case: Case) -> Result:
@@ -238,7 +254,7 @@ def _record(experiment: Experiment, threads: int) -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "threads": threads,  # of torch, in each process that measured
         "python": platform.python_version(),
-        **{library: version(library) for library in (*LIBRARIES, "adam-mini-plugins")},
+        **{library: version(library) for library in (*LIBRARIES, *experiment.libraries, "adam-mini-plugins")},
     }
     return {"experiment": experiment.name, "command": experiment.command, "environment": environment}
 
