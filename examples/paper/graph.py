@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,7 +24,7 @@ def graph() -> tuple[Tensor, Tensor, Tensor]:
 
     found = load_digits()
     near = kneighbors_graph(found.data, NEIGHBOURS)
-    edges = torch.tensor((near + near.T).nonzero(), dtype=torch.long)
+    edges = torch.tensor(np.array((near + near.T).nonzero()), dtype=torch.long)
     pixels = torch.tensor(found.data, dtype=torch.float32) / 16
     return pixels.to(DEVICE), edges.to(DEVICE), torch.tensor(found.target).to(DEVICE)
 

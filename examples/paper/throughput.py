@@ -154,15 +154,15 @@ class _Training:
 
     def fits(self, batch: int) -> bool:
         """Whether the GPU has room for such a step, twice over: the second has all of the state from the start."""
+        found = True
         try:
             self.step(batch)
             self.step(batch)
         except torch.cuda.OutOfMemoryError:
-            self.optimizer.zero_grad()
-            return False
-        finally:
-            torch.cuda.empty_cache()
-        return True
+            found = False
+        self.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        return found
 
 
 def _on_cpu(case: Case) -> dict[str, Any]:
@@ -183,8 +183,9 @@ def _on_gpu(case: Case) -> dict[str, Any]:
     found: dict[str, Any] = {"same batch": {}, "largest batch": {}}
     for name in (ADAMW, OURS):
         training = _Training(name, case["size"])
-        for where, batch in (("same batch", case["batch"]), ("largest batch", largest(training.fits))):
-            if not batch or not training.fits(batch):
+        most = largest(training.fits)
+        for where, batch in (("same batch", case["batch"]), ("largest batch", most)):
+            if not 0 < batch <= most:
                 found[where][name] = {"batch": 0, "tokens_per_second": [0.0], "peak_bytes": 0}
                 continue
             torch.cuda.reset_peak_memory_stats()
