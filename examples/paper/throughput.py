@@ -71,8 +71,7 @@ class Throughput(Experiment):
         (result,) = results
         same, largest = result.found["same batch"], result.found.get("largest batch")
         rates = {name: spread(one["tokens_per_second"], ",.0f") for name, one in same.items()}
-        ratio = _gain(same)
-        said = f"at a batch of {self.batch} {rates[OURS]} tokens/s, AdamW {rates[ADAMW]}: {ratio:+.1%} at the median"
+        said = f"at a batch of {self.batch} {rates[OURS]} tokens/s, AdamW {rates[ADAMW]}: {_said(same)} at the median"
         if largest is None:
             return Verdict(None, f"the largest batch wants a GPU, and none is here; {said}")
         sizes = {name: one["batch"] for name, one in largest.items()}
@@ -80,7 +79,7 @@ class Throughput(Experiment):
         peaks = {name: one["peak_bytes"] / GIGABYTE for name, one in largest.items()}
         said = (
             f"largest batch {sizes[OURS]} at {peaks[OURS]:.1f} GB, AdamW {sizes[ADAMW]} at {peaks[ADAMW]:.1f} GB: "
-            f"{_gain(largest):+.1%} tokens/s there; {said}"
+            f"{_said(largest)} tokens/s there; {said}"
         )
         return Verdict(held, said)
 
@@ -100,6 +99,10 @@ def largest(fits: Callable[[int], bool]) -> int:
 def _gain(both: dict[str, Any]) -> float:
     ours, adamw = (median(both[name]["tokens_per_second"]) for name in (OURS, ADAMW))
     return ours / adamw - 1 if adamw else float("inf")
+
+
+def _said(both: dict[str, Any]) -> str:
+    return f"{_gain(both):+.1%}" if both[ADAMW]["batch"] else "no room for AdamW,"
 
 
 class _Training:
