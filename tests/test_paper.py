@@ -405,14 +405,14 @@ def test_table_6_in_small(kind: type[OnPar], tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the examples extra is not installed")
     if kind is Graph:
         pytest.importorskip("torch_geometric", reason="the examples extra is not installed")
-    experiment = kind(seeds=1, steps=3)
+    experiment = kind(seeds=1, steps=2)
     run(experiment, tmp_path, False, QUIET)
     path = tmp_path / f"{experiment.name}.json"
     record = json.loads(path.read_text())
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert record["environment"].keys() >= set(experiment.libraries)
     for result in record["results"]:
-        assert result["found"]["step"] == [1, 2, 3]
+        assert result["found"]["step"] == [1, 2]
         assert all(0 < score < 101 for score in result["found"]["score"])
     first = [result for result in record["results"] if result["case"]["name"] == "AdamW"]
 

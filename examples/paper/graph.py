@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .frame import flag
 from .on_par import DEVICE, OnPar, Task
 
 NEIGHBOURS, LABELLED = 8, 5  # edges from a node; nodes of each class whose label is known
@@ -81,3 +82,5 @@ class Graph(OnPar):
     claim = "on graph nets Adam-mini is on par with AdamW or better"
     libraries = ("scikit-learn", "torch-geometric")
     tasks = {"GCN": GCN, "GAT": GAT}
+
+    seeds: int = flag(5, "number of initial weights and of what is dropped out")

@@ -56,7 +56,7 @@ class OnPar(Experiment):
     shows = "Table 6"
     tasks: ClassVar[dict[str, type[Task]]]
 
-    seeds: int = flag(5, "number of initial weights and orders of the data")
+    seeds: int = flag(3, "number of initial weights and orders of the data")
     steps: int = flag(200, "optimizer steps of a training")
 
     def cases(self) -> list[Case]:
