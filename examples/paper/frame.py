@@ -47,7 +47,7 @@ Case = dict[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one case, and the seconds that it took."""
+    """What was measured of one case, and the seconds that it took: of all cores together, whatever else ran on them."""
 
     case: Case
     found: dict[str, Any]
@@ -238,9 +238,9 @@ def _said(verdict: Verdict) -> str:
 
 
 def _measured(experiment: Experiment, case: Case) -> Result:
-    began = time.perf_counter()
+    began = time.process_time()
     found = experiment.measure(case)
-    return Result(case, _rounded(found), round(time.perf_counter() - began, 1))
+    return Result(case, _rounded(found), round(time.process_time() - began, 1))
 
 
 def _key(case: Case) -> str:
@@ -260,7 +260,7 @@ def _record(experiment: Experiment, threads: int) -> dict[str, Any]:
 
 
 def _core_minutes(record: dict[str, Any]) -> float:
-    return sum(result["seconds"] for result in record["results"]) * record["environment"]["threads"] / 60
+    return sum(result["seconds"] for result in record["results"]) / 60
 
 
 def _machine(environment: dict[str, Any]) -> str:
