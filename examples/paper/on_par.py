@@ -103,13 +103,11 @@ class OnPar(Experiment):
                 found = [r.found for r in results if r.case["model"] == model and r.case["name"] == name]
                 band(axis, found[0]["step"], [one["score"] for one in found], name, **style)
             axis.set(title=model, xlabel="optimizer step", ylabel=task.metric)
-            # From what the worst has reached halfway: the rise or fall before that would hide the difference.
-            halfway = [
-                task.sign * r.found["score"][len(r.found["score"]) // 2 - 1]
-                for r in results
-                if r.case["model"] == model
+            # From what the worst has after a quarter of the steps: what comes before would hide the rest.
+            early = [
+                task.sign * r.found["score"][len(r.found["score"]) // 4] for r in results if r.case["model"] == model
             ]
-            axis.set_ylim(**{"bottom" if task.sign > 0 else "top": task.sign * min(halfway)})
+            axis.set_ylim(**{"bottom" if task.sign > 0 else "top": task.sign * min(early)})
             axis.grid(alpha=0.25)
         axes[0][0].legend(frameon=False)
         return figure
