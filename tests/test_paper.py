@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +20,22 @@ from adam_mini_plugins import AdamMini
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.paper.__main__ import main
 from examples.paper.frame import Experiment, Result, Verdict, flag, run, write_table
+from examples.paper.graph import GCN, LABELLED, Graph
 from examples.paper.hessian_mlp import HessianMLP, inside
 from examples.paper.hessian_transformer import PARTS, HessianTransformer, first_rows
 from examples.paper.leave_one_out import LeaveOneOut
 from examples.paper.memory import Memory
+from examples.paper.on_par import OnPar
 from examples.paper.partition import PARTITIONS, PartitionAblation
 from examples.paper.preconditioner import Preconditioner, rotation
 from examples.paper.quadratic import Quadratic
 from examples.paper.reduction import ReducedAdamMini, Reduction
 from examples.paper.spectra import adam_preconditioner, condition
+from examples.paper.throughput import Throughput, largest
 from examples.paper.trajectory import Trajectory
 from examples.paper.value import Value
+from examples.paper.vision import Vision, digits
+from examples.paper.workers import Workers, cores
 
 QUIET = Console(quiet=True)
 
@@ -144,8 +150,9 @@ def test_what_was_stopped_goes_on_where_it_stopped(
     record = json.loads((tmp_path / "counted.json").read_text())
     assert [result["found"] for result in record["results"]] == [{"value": v, "none": None} for v in (0, 1, 4, 9)]
     table = write_table([Counted], tmp_path).read_text()
-    assert "| squares grow | **yes:** [0.0, 1.0, 4.0, 9.0] | 4 |" in table
-    assert "`python -m examples.paper counted --seeds 4`" in table
+    assert "| [counted](#counted) | Figure 0 | squares grow | **yes** | 4 | 0.0 |" in table
+    assert "Claim: squares grow. **Yes:** [0.0, 1.0, 4.0, 9.0]." in table
+    assert "`python -m examples.paper counted --seeds 4` on machine 1;" in table
     assert f"torch {torch.__version__}" in table
 
 
@@ -166,8 +173,49 @@ def test_results_of_other_flags_or_machines_are_not_mixed(tmp_path: Path, log: l
     assert log == [0, 1, 2, 0, 1, 2]
 
 
+def test_cases_side_by_side_give_what_they_give_one_by_one(tmp_path: Path) -> None:
+    experiment = Quadratic(seeds=3, steps=20)
+    run(experiment, tmp_path / "here", False, QUIET)
+    with Workers(2) as workers:
+        assert workers.threads == max(1, min(torch.get_num_threads(), cores() // 2))
+        own = os.getpid()
+        ids = set(workers.completed(process, range(2)))
+        assert own not in ids
+        run(experiment, tmp_path / "there", False, QUIET, workers)
+    here, there = (json.loads((tmp_path / name / "quadratic.json").read_text()) for name in ("here", "there"))
+    assert there["environment"]["threads"] == workers.threads
+    for one, other in zip(here["results"], there["results"], strict=True):
+        assert (one["case"], one["found"]) == (other["case"], other["found"])
+    assert here["verdict"] == there["verdict"]
+
+
+def process(_: int) -> int:
+    return os.getpid()
+
+
+def test_what_measures_time_is_measured_alone(tmp_path: Path, log: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counted, "parallel", False)
+    workers = Workers(2)  # its processes begin when they have something to do
+    run(Counted(), tmp_path, False, QUIET, workers)
+    assert log == [0, 1, 2]
+    record = json.loads((tmp_path / "counted.json").read_text())
+    assert record["environment"]["threads"] == torch.get_num_threads()
+
+
+def test_core_minutes_are_the_seconds_of_all_cases(tmp_path: Path, log: list[int]) -> None:
+    run(Counted(seeds=4), tmp_path, False, QUIET)
+    path = tmp_path / "counted.json"
+    record = json.loads(path.read_text())
+    for result in record["results"]:
+        result["seconds"] = 90.0
+    path.write_text(json.dumps(record))
+    table = write_table([Counted], tmp_path).read_text()
+    assert "| **yes** | 4 | 6.0 |" in table
+    assert "together they are 6," in table
+
+
 def test_from_the_command_line(tmp_path: Path) -> None:
-    main(["quadratic", "--seeds", "1", "--steps", "20", "--output-dir", str(tmp_path)])
+    main(["quadratic", "--seeds", "1", "--steps", "20", "--jobs", "1", "--output-dir", str(tmp_path)])
     assert (tmp_path / "quadratic.png").stat().st_size > 10_000
     table = (tmp_path / "README.md").read_text()
     assert "`python -m examples.paper quadratic --seeds 1 --steps 20`" in table
@@ -323,3 +371,98 @@ def test_trainings_in_small(text: str, tmp_path: Path) -> None:
             assert measured["distance"] == [0, 0]
         else:
             assert all(0 < distance < math.inf for distance in measured["distance"])
+
+
+def scores(experiment: OnPar, adamw: tuple[float, ...], ours: tuple[float, ...]) -> list[Result]:
+    return [
+        Result({"model": model, "name": name, "seed": seed}, {"step": [1], "score": [score]}, 0.0)
+        for model in experiment.tasks
+        for name, ends in (("AdamW", adamw), ("Adam-mini", ours))
+        for seed, score in enumerate(ends)
+    ]
+
+
+def test_on_par_is_what_seeds_differ_by() -> None:
+    accuracies = Graph(seeds=3)
+    for ours, held in (((94.0, 95.0, 93.0), True), ((91.0, 90.0, 91.5), True), ((89.0, 89.0, 95.0), False)):
+        assert accuracies.judge(scores(accuracies, (92.0, 91.0, 92.0), ours)).held is held
+    losses = Vision(seeds=3)
+    for result in (found := scores(losses, (0.12, 0.11, 0.13), (0.2, 0.2, 0.2))):
+        if result.case["model"] != "DDPM":
+            result.found["score"] = [90.0]
+    assert not losses.judge(found).held  # the accuracies are the same, the loss is higher
+    assert "where AdamW's seeds differ by 0.02" in losses.judge(found).line
+    for result in found:
+        if result.case["model"] == "DDPM" and result.case["name"] == "Adam-mini":
+            result.found["score"] = [0.05]
+    assert losses.judge(found).held
+
+
+@pytest.mark.parametrize("kind", [Vision, Graph])
+def test_table_6_in_small(kind: type[OnPar], tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    pytest.importorskip("sklearn", reason="the examples extra is not installed")
+    if kind is Graph:
+        pytest.importorskip("torch_geometric", reason="the examples extra is not installed")
+    experiment = kind(seeds=1, steps=2)
+    run(experiment, tmp_path, False, QUIET)
+    path = tmp_path / f"{experiment.name}.json"
+    record = json.loads(path.read_text())
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert record["environment"].keys() >= set(experiment.libraries)
+    for result in record["results"]:
+        assert result["found"]["step"] == [1, 2]
+        assert all(0 < score < 101 for score in result["found"]["score"])
+    first = [result for result in record["results"] if result["case"]["name"] == "AdamW"]
+
+    record["results"] = record["results"][1:]  # as if it had been stopped: the first case is measured again
+    path.write_text(json.dumps(record))
+    run(experiment, tmp_path, False, QUIET)
+    again = [result for result in json.loads(path.read_text())["results"] if result["case"]["name"] == "AdamW"]
+    assert [result["found"] for result in again] == [result["found"] for result in first]
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    pytest.importorskip("sklearn", reason="the examples extra is not installed")
+    train, labels, held_out, held_out_labels = digits()
+    assert len(train) + len(held_out) == len(labels) + len(held_out_labels) == 1797
+    assert -1 == train.min() < train.max() == 1
+
+    pytest.importorskip("torch_geometric", reason="the examples extra is not installed")
+    task = GCN(seed=0)
+    assert len(task.known) == 10 * LABELLED
+    assert task.held_out.sum() == 1797 - 10 * LABELLED
+    assert not task.held_out[task.known].any()
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 7, 8, 100])
+def test_the_largest_batch_is_found(most: int) -> None:
+    tried = []
+
+    def fits(batch: int) -> bool:
+        tried.append(batch)
+        return batch <= most
+
+    assert largest(fits) == most
+    assert len(tried) == len(set(tried)) <= 2 * most.bit_length() + 1
+
+
+def test_throughput_says_what_this_machine_can_tell(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    experiment = Throughput(batch=1, rounds=2)
+    (result,) = measured(experiment)
+    rates = [one["tokens_per_second"] for one in result.found["same batch"].values()]
+    assert [len(found) for found in rates] == [2, 2]
+    assert min(map(min, rates)) > 0
+    assert torch.cuda.is_available() or experiment.judge([result]).held is None
+
+    def bars(adamw: int, ours: int, rate: float) -> Result:
+        both = {"AdamW": (adamw, 100.0 if adamw else 0.0), "Adam-mini": (ours, rate)}
+        found = {n: {"batch": b, "tokens_per_second": [r, r], "peak_bytes": 10**9} for n, (b, r) in both.items()}
+        return Result(result.case, {"same batch": found, "largest batch": found}, 0.0)
+
+    assert experiment.judge([bars(2, 4, 150.0)]).held
+    assert "+50.0% tokens/s" in experiment.judge([bars(2, 4, 150.0)]).line
+    assert not experiment.judge([bars(2, 4, 90.0)]).held
+    assert not experiment.judge([bars(4, 4, 150.0)]).held
+    assert experiment.judge([bars(0, 4, 90.0)]).held  # AdamW doesn't fit at all

@@ -5,5 +5,5 @@
     python -m examples.paper table              # nothing but the table, from what is there
 
 Figures, pictures and the table go to ``runs/paper/``, or where ``--output-dir`` says. What is measured is kept
-case by case: a run that was stopped goes on where it stopped.
+case by case: a run that was stopped goes on where it stopped. Cases are measured side by side, ``--jobs`` at a time.
 """

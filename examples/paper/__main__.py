@@ -6,11 +6,13 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from . import __doc__ as overview
 from .experiments import EXPERIMENTS
 from .frame import options, run, write_table
+from .workers import Workers, cores
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,6 +23,12 @@ def main(arguments: list[str] | None = None) -> None:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output-dir", type=Path, default=Path("runs/paper"), help="where results, picture, table go")
     common.add_argument("--fresh", action="store_true", help="measure all cases again")
+    common.add_argument(
+        "--jobs",
+        type=int,
+        default=1 if torch.cuda.is_available() else cores(),
+        help="processes that measure side by side, each on its share of the cores (default: %(default)s here)",
+    )
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for kind in EXPERIMENTS:
         about = f"{kind.shows}: {kind.claim}"
@@ -32,14 +40,15 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     console = Console(soft_wrap=True)
-    for kind in EXPERIMENTS:
-        if args.name in (kind.name, "all"):
-            given = {option.name: getattr(args, option.name, option.default) for option in fields(kind)}
-            given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-            try:
-                run(kind(**given), args.output_dir, args.fresh, console)
-            except KeyboardInterrupt:
-                raise SystemExit("stopped; the cases that were complete are kept, the same command goes on") from None
+    try:
+        with Workers(args.jobs) as workers:
+            for kind in EXPERIMENTS:
+                if args.name in (kind.name, "all"):
+                    given = {option.name: getattr(args, option.name, option.default) for option in fields(kind)}
+                    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+                    run(kind(**given), args.output_dir, args.fresh, console, workers)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the cases that were complete are kept, the same command goes on") from None
     args.output_dir.mkdir(parents=True, exist_ok=True)
     console.print(f"Table: {write_table(EXPERIMENTS, args.output_dir)}", highlight=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .frame import Experiment
+from .graph import Graph
 from .hessian_mlp import HessianMLP
 from .hessian_transformer import HessianTransformer
 from .leave_one_out import LeaveOneOut
@@ -14,8 +15,10 @@ from .pretrain import Pretrain
 from .quadratic import Quadratic
 from .reduction import Reduction
 from .scaling import Scaling
+from .throughput import Throughput
 from .trajectory import Trajectory
 from .value import Value
+from .vision import Vision
 
 EXPERIMENTS: tuple[type[Experiment], ...] = (
     Quadratic,
@@ -30,5 +33,8 @@ EXPERIMENTS: tuple[type[Experiment], ...] = (
     Pretrain,
     Scaling,
     Parity,
+    Vision,
+    Graph,
     Memory,
+    Throughput,
 )

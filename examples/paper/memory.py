@@ -63,7 +63,7 @@ class Memory(Experiment):
             axes.plot(*zip(*known), "k_", ms=22, label="the paper's figure" if number else None) if known else None
         names = [f"{result.case['model']}\n{result.found['parameters'] / 1e9:.2f}B parameters" for result in results]
         axes.set_xticks([place + 0.19 for place in range(len(results))], names)
-        axes.set(title="Optimizer state, float32", ylabel="gigabytes (10^9 bytes)")
+        axes.set(title="Optimizer state, float32", ylabel="gigabytes ($10^9$ bytes)")
         axes.legend(frameon=False)
         return figure
 

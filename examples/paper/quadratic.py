@@ -83,7 +83,7 @@ class Quadratic(Experiment):
             axis.set(xlabel="step + 1", ylim=(FLOOR / 3, 3))
             axis.grid(alpha=0.25)
         for name in ("whole", "block 1"):
-            axes[name].set_ylabel("loss / loss at the start")
+            axes[name].set_ylabel(f"loss / loss at the start,\nnone below {FLOOR:g} shown")
         figure.legend(*axes["whole"].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
         return figure
 
