@@ -35,8 +35,9 @@ class LeaveOneOut(LlamaExperiment):
     shows = "Figure 6"
     claim = "Adam with one searched rate for a left-out tensor is on par with Adam or better"
 
+    steps: int = flag(200, "optimizer steps of a training")
     blocks: int = flag(3, "how many tensors are tried, chosen at random")
-    lr: float = flag(1e-3, "Adam's peak learning rate")
+    lr: float = flag(3e-3, "Adam's peak learning rate")
     factors: tuple[float, ...] = flag((0.3, 1.0, 3.0, 10.0), "the grid")
     layers: int = flag(2, "layers of the model, to choose tensors from")
 

@@ -45,6 +45,7 @@ class PartitionAblation(Comparison):
     shows = "Figures 8, 9"
     claim = "the paper's blocks train better and with fewer spikes than coarser ones"
 
+    steps: int = flag(400, "optimizer steps of a training")
     blocks: tuple[str, ...] = flag(tuple(PARTITIONS)[:3], "the partitions, the one that is claimed to be best first")
 
     def names(self) -> tuple[str, ...]:
