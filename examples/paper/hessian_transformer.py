@@ -59,7 +59,7 @@ class HessianTransformer(Experiment):
     heads: int = flag(4, "attention heads")
     neurons: int = flag(32, "neurons of the MLP")
     vocabulary: int = flag(300, "tokens of the vocabulary")
-    sequences: int = flag(32, "sequences of the batch that the loss is taken on")
+    sequences: int = flag(16, "sequences of the batch that the loss is taken on")
     tokens: int = flag(32, "tokens a sequence")
     steps: int = flag(0, "steps of AdamW, at a rate of 3e-3, before the Hessian is taken (the paper: none)")
 

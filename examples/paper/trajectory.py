@@ -47,7 +47,7 @@ class Trajectory(LlamaExperiment):
     shows = "Figure 10 c"
     claim = "Adam-mini stays closer to AdamW's path than other memory-efficient optimizers"
 
-    steps: int = flag(250, "optimizer steps of a training")
+    steps: int = flag(200, "optimizer steps of a training")
     lr: float = flag(1e-5, "learning rate")
     checkpoints: int = flag(10, "how many weights are compared along a training")
     optimizers: tuple[str, ...] = flag((OURS, "Adafactor", "CAME", "SM3", "Lion", "LAMB"), "which are compared")

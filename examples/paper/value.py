@@ -25,7 +25,7 @@ class Value(LlamaExperiment):
     shows = "Appendix C.5"
     claim = "value as a whole is better in short trainings, by neuron in long ones"
 
-    steps: int = flag(600, "steps of the longest training")
+    steps: int = flag(400, "steps of the longest training")
     lengths: int = flag(3, "how many lengths, each half of the one before")
     lr: float = flag(3e-3, "peak learning rate")
 
