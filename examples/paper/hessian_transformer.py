@@ -43,8 +43,8 @@ class HessianTransformer(Experiment):
     nearly uniform ones, the rows of the output layer weigh alike, and neurons before it are coupled by no more than the
     rows' chance correlation, which falls as the vocabulary grows (the paper's is 50257). The rest comes from what the
     predictions lack of the targets: before any training that is much, mostly how common each token is, and it curves
-    the last layer norm across all neurons. It has no blocks, and veils those of attn.proj and mlp.proj. The
-    Gauss-Newton part is measured beside the whole.
+    the last layer norm across all neurons. It has no blocks, and veils those of attn.proj and mlp.proj: what they
+    show, 2 to 4 by the batch, is near what counts as clear. The Gauss-Newton part is measured beside the whole.
 
     What a layer norm puts out has mean zero, so that the loss doesn't depend on the mean of a row of the weights that
     follow. The condition numbers are those of the directions on which it does.
@@ -118,6 +118,7 @@ class HessianTransformer(Experiment):
                 style = {"color": colour, "ms": 4, "label": None if place else label}
                 axis.plot(of_part, [place] * len(of_part), marker, **style)
         contrast.axvline(CLEAR, color="black", lw=0.8, ls=":")
+        contrast.text(CLEAR * 0.9, 0.5, "clear\nfrom", fontsize=7, ha="right", va="center")
         for axis, title in ((contrast, "inside / outside"), (kappas, "kappa of a block")):
             axis.set(xscale="log", title=title, yticks=range(len(PARTS)))
             axis.xaxis.set_minor_formatter(NullFormatter())
@@ -126,6 +127,8 @@ class HessianTransformer(Experiment):
             axis.spines["left"].set_visible(False)
             axis.spines["right"].set_visible(True)
             axis.invert_yaxis()
+        contrast.set_xlim(1, 100)
+        for axis in (contrast, kappas):
             handles = {"frameon": False, "fontsize": 8, "ncols": 2, "handletextpad": 0.1, "columnspacing": 0.8}
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), **handles)
         return figure

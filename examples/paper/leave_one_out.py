@@ -67,15 +67,22 @@ class LeaveOneOut(LlamaExperiment):
             gaps = [self._gap(results, tensor, factor) for factor in self.factors]
             middle = [median(gap) for gap in gaps]
             error = [[m - min(g) for m, g in zip(middle, gaps)], [max(g) - m for m, g in zip(middle, gaps)]]
-            style = {"color": f"C{(0, 5, 3, 4, 2, 1)[number % 6]}", "marker": "osD^vP"[number % 6], "capsize": 3}
+            style = {
+                "color": f"C{(0, 5, 3, 4, 2, 1)[number % 6]}",
+                "marker": "osD^vP"[number % 6],
+                "capsize": 3,
+                "ls": ("-", "--", "-.", ":")[number % 4],
+            }
             axes.errorbar(self.factors, middle, error, label=_short(tensor), **style)
         axes.axhline(0, color="black", lw=0.8, ls=":")
         axes.set(
             xscale="log", xlabel="the left-out tensor's rate, in units of Adam's first", title="One tensor left out"
         )
         axes.set_ylabel("final loss less Adam's (nats/token)")
+        axes.set_xticks(self.factors, [f"{factor:g}" for factor in self.factors])
+        axes.minorticks_off()
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", frameon=False, ncols=4)
         return figure
 
     def judge(self, results: Sequence[Result]) -> Verdict:

@@ -63,9 +63,9 @@ class PartitionAblation(Comparison):
         held = all(a < b for other in others for a, b in zip(best[first], best[other]))
         held = held and all(spikes[other] >= spikes[first] for other in others)
         lower = [f"{lr:g}" for lr in self.lrs if any(self._lower(results, other, lr) for other in others)]
-        said = ", ".join(f"{name} {spread(losses, '.3f')}, spikes {spikes[name]}" for name, losses in best.items())
-        more = f"; a coarser one ends lower at {' and '.join(lower)}" if lower else ""
-        return Verdict(held, f"loss after {self.steps} steps at the best of {len(self.lrs)} rates: {said}{more}")
+        said = "; ".join(f"{name} {spread(losses, '.3f')}, {spikes[name]}" for name, losses in best.items())
+        more = f". A coarser one ends lower at {' and '.join(lower)}" if lower else ""
+        return Verdict(held, f"loss at the best of {len(self.lrs)} rates, spikes: {said}{more}")
 
     def _lower(self, results: Sequence[Result], other: str, lr: float) -> bool:
         """Whether another partition has the lower median at a learning rate."""

@@ -73,12 +73,17 @@ class Trajectory(LlamaExperiment):
         figure, axes = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
         for number, name in enumerate(self.optimizers):
             found = [result.found for result in results if result.case["name"] == name]
-            style = {"color": f"C{(5, 3, 4, 0, 1, 2)[number % 6]}", "marker": "osD^vP"[number % 6], "ms": 4}
+            style = {
+                "color": f"C{(5, 3, 4, 0, 1, 2)[number % 6]}",
+                "marker": "osD^vP"[number % 6],
+                "ms": 4,
+                "ls": ("-", "--", "-.", ":")[number % 4],
+            }
             band(axes, found[0]["step"], [_relative(one) for one in found], name, **style)
         axes.set(title="Distance to AdamW's weights", xlabel="optimizer step", yscale="log")
         axes.set_ylabel("Euclidean, over the distance\nthat AdamW has gone")
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, ncols=3, fontsize=8)
+        figure.legend(loc="outside lower center", frameon=False, ncols=6)
         return figure
 
     def judge(self, results: Sequence[Result]) -> Verdict:
