@@ -19,7 +19,11 @@ BY_NEURON, WHOLE = PAPER, "value as a whole"
 
 @dataclass(frozen=True)
 class Value(LlamaExperiment):
-    """Trainings of several lengths with either partition. The paper sees the change near 10,000 steps."""
+    """Trainings of several lengths with either partition, each with a cosine of its own.
+
+    The paper sees the change between 10,000 and 50,000 steps, far beyond these: what can be seen here is in which
+    direction the difference goes as trainings grow longer.
+    """
 
     name = "value"
     shows = "Appendix C.5"
