@@ -41,7 +41,11 @@ def _rivals() -> dict[str, Callable[[nn.Module, float], Optimizer]]:
 
 @dataclass(frozen=True)
 class Trajectory(LlamaExperiment):
-    """The paper's: learning rate 1e-5 for all, constant. SM3's gradient sums never decay, so that it all but stops."""
+    """The paper's: learning rate 1e-5 for all, constant. SM3's gradient sums never decay, so that it all but stops.
+
+    Adafactor starts further off, as its momentum isn't corrected for starting at zero, but then comes closer than
+    Adam-mini: it keeps averages over rows and over columns, and so more of AdamW's v than one mean a block.
+    """
 
     name = "trajectory"
     shows = "Figure 10 c"
