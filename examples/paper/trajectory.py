@@ -44,7 +44,8 @@ class Trajectory(LlamaExperiment):
     """The paper's: learning rate 1e-5 for all, constant. SM3's gradient sums never decay, so that it all but stops.
 
     Adafactor starts further off, as its momentum isn't corrected for starting at zero, but then comes closer than
-    Adam-mini: it keeps averages over rows and over columns, and so more of AdamW's v than one mean a block.
+    Adam-mini, likely because its averages over rows and over columns keep more of AdamW's v than one mean a block.
+    CAME divides by the root of averages that aren't corrected either, so that its first steps are far larger.
     """
 
     name = "trajectory"
