@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .blocks import Layout, Partition
 
-CHUNK = 256  # rows of a Hessian that are computed at once
+CHUNK = 16  # rows of a Hessian that are computed at once: few, so that they stay in the cache
 LARGEST = 20_000  # elements of a tensor whose Hessian is taken: 400 million second derivatives
 DROP = 1.5  # where the coupling nowhere falls by more, the tensor is one dense block
 

@@ -22,7 +22,8 @@ from examples.paper.__main__ import main
 from examples.paper.frame import Experiment, Result, Verdict, flag, run, write_table
 from examples.paper.graph import GCN, LABELLED, Graph
 from examples.paper.hessian_mlp import HessianMLP, inside
-from examples.paper.hessian_transformer import PARTS, HessianTransformer, first_rows
+from examples.paper.hessian_transformer import PARTS, HessianTransformer, of_elements
+from examples.paper.hessian_transformer import condition as condition_of_rank
 from examples.paper.leave_one_out import LeaveOneOut
 from examples.paper.memory import Memory
 from examples.paper.on_par import OnPar
@@ -233,17 +234,42 @@ def test_the_mass_of_an_mlp_lies_inside_its_neurons() -> None:
     assert inside(torch.ones(4, 4)) == 0.25
 
 
-def test_the_first_rows_have_the_hessian_that_the_loss_is_made_of() -> None:
+def test_elements_have_the_hessian_that_the_loss_is_made_of() -> None:
     weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     hessian = torch.randn(12, 12, dtype=torch.float64)
     hessian = hessian + hessian.T
-    gradient, second = first_rows(weight.flatten() @ hessian @ weight.flatten() / 2, weight, 2)
-    torch.testing.assert_close(gradient, (hessian @ weight.detach().flatten())[:8])
-    torch.testing.assert_close(second, hessian[:8, :8])
+    elements = torch.tensor([0, 1, 4, 5, 8, 9, 2, 3])  # rows of a weight that is stored the other way round, say
+    gradient, second = of_elements(weight.flatten() @ hessian @ weight.flatten() / 2, weight, elements)
+    torch.testing.assert_close(gradient, (hessian @ weight.detach().flatten())[elements])
+    torch.testing.assert_close(second, hessian[elements][:, elements])
 
     rates = adam_preconditioner(gradient)
-    expected = np.linalg.cond(np.diag(1 / np.abs(gradient.numpy())) @ hessian[:8, :8].numpy())
+    expected = np.linalg.cond(np.diag(1 / np.abs(gradient.numpy())) @ second.numpy())
     assert condition(second, rates).item() == pytest.approx(expected, rel=1e-8)
+
+
+def test_directions_on_which_the_loss_does_not_depend_are_no_part_of_kappa() -> None:
+    basis, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
+    hessian = basis @ torch.tensor([12.0, 5, 4, 3, 0, 0], dtype=torch.float64).diag() @ basis.T
+    assert condition_of_rank(hessian) == pytest.approx(4, rel=1e-8)
+    rates = torch.rand(6, dtype=torch.float64) + 0.1
+    values = np.linalg.svd(np.diag(rates.numpy()) @ hessian.numpy(), compute_uv=False)
+    assert condition_of_rank(hessian, rates) == pytest.approx(values[0] / values[3], rel=1e-8)
+
+
+def test_the_hessian_of_a_transformer_is_that_of_its_blocks() -> None:
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    experiment = HessianTransformer(seeds=1, width=4, heads=2, neurons=4, vocabulary=260, sequences=2, tokens=8)
+    (result,) = measured(experiment)
+    for part in PARTS:
+        found = result.found[part]
+        whole, gauss_newton = torch.tensor(found["mass"]), torch.tensor(found["gauss_newton"])
+        assert whole.shape == gauss_newton.shape == (4, 4)
+        assert (whole - gauss_newton).abs().max() > 1e-3 * whole.max()
+        assert 1 < found["kappa"] < math.inf
+        assert 1 < found["adam"] < math.inf
+    query = torch.tensor(result.found["query"]["mass"])
+    assert query[:2, :2].sum() + query[2:, 2:].sum() > query.sum() / 2
 
 
 def test_the_blocks_of_a_transformer_are_judged_by_what_lies_inside() -> None:
@@ -254,7 +280,8 @@ def test_the_blocks_of_a_transformer_are_judged_by_what_lies_inside() -> None:
 
     def found(query: torch.Tensor, rest: torch.Tensor) -> list[Result]:
         masses = {part: query if level == "head" else rest for part, level in PARTS.items()}
-        return [Result(case, {p: {"mass": (m + 0.1).tolist(), **kappas} for p, m in masses.items()}, 0.0)]
+        both = {part: (mass + 0.1).tolist() for part, mass in masses.items()}
+        return [Result(case, {p: {"mass": m, "gauss_newton": m, **kappas} for p, m in both.items()}, 0.0)]
 
     assert experiment.judge(found(head, neuron)).held
     assert not experiment.judge(found(head, torch.ones(8, 8))).held
@@ -339,7 +366,7 @@ def test_trainings_in_small(text: str, tmp_path: Path) -> None:
     experiments = (
         PartitionAblation(**small, lrs=(1e-3,)),
         Reduction(**small, lrs=(1e-3,), reductions=("mean", "1-norm")),
-        Value(**small, lengths=2),
+        Value(**small, lengths=2, lr=1e-3),
         LeaveOneOut(**small, blocks=1, factors=(1.0,)),
         Trajectory(**small, lr=1e-3, checkpoints=2, optimizers=rivals),
     )
@@ -352,16 +379,17 @@ def test_trainings_in_small(text: str, tmp_path: Path) -> None:
 
     adamw = [
         measured["validation"]
-        for name in ("partition", "reduction", "value")
+        for name in ("partition", "reduction")
         for case, measured in found[name]
         if case["name"] == "AdamW" and case["steps"] == 4
     ]
-    assert len(adamw) == 3
-    assert adamw[0] == adamw[1] == adamw[2]
-    mean, ours = (
-        next(measured["validation"] for case, measured in found[name] if case["name"] == label)
-        for name, label in (("reduction", "mean"), ("partition", "the paper's"))
+    assert len(adamw) == 2
+    assert adamw[0] == adamw[1]
+    mean, ours, neuron = (
+        next(one["validation"] for case, one in found[name] if case["name"] == label and case["steps"] == 4)
+        for name, label in (("reduction", "mean"), ("partition", "the paper's"), ("value", "the paper's"))
     )
+    assert neuron == ours
     torch.testing.assert_close(torch.tensor(mean), torch.tensor(ours), rtol=1e-4, atol=0)
     assert all(losses[-1][1] < losses[0][1] for losses in (*adamw, ours))
     for case, measured in found["trajectory"]:

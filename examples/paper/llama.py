@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -73,23 +74,34 @@ class Comparison(LlamaExperiment):
         return train(lambda model: [self.build(case["name"], model, case["lr"])], case)
 
     def draw(self, results: Sequence[Result]) -> Figure:
-        """Validation losses, a panel a learning rate."""
-        figure, axes = plt.subplots(1, len(self.lrs), figsize=(WIDTH, 3.6), sharey=True, layout="constrained")
+        """Validation losses less AdamW's at the same seed, a panel a learning rate."""
+        figure, axes = plt.subplots(1, len(self.lrs), figsize=(WIDTH, 3.8), sharey=True, layout="constrained")
         for axis, lr in zip([axes] if len(self.lrs) == 1 else axes, self.lrs):
-            for number, name in enumerate(self.names()):
-                found = [r.found for r in results if r.case["lr"] == lr and r.case["name"] == name]
-                curves = [[point(loss) for _, loss in one["validation"][1:]] for one in found]
-                steps = [step for step, _ in found[0]["validation"][1:]]
-                style = {"color": f"C{(0, 5, 3, 4, 2, 1, 6)[number % 7]}", "ls": ("-", "--", "-.", ":")[number % 4]}
-                band(axis, steps, curves, name, **style)
-            axis.set(title=f"learning rate {lr:g}", xlabel="optimizer step")
+            curves = {name: self._curves(results, name, lr) for name in self.names()}
+            base, *_ = reference = curves.pop("AdamW")
+            for number, (name, found) in enumerate(curves.items()):
+                gaps = [
+                    [loss - least for (_, loss), (_, least) in zip(one, other)] for one, other in zip(found, reference)
+                ]
+                style = {"color": f"C{(0, 5, 3, 1, 4, 6)[number % 6]}", "ls": ("-", "--", "-.", ":")[number % 4]}
+                band(axis, [step for step, _ in base], gaps, name, **style)
+            end = median(one[-1][1] for one in reference)
+            axis.set(title=f"learning rate {lr:g}\n(AdamW ends at {end:.2f})", xlabel="optimizer step")
+            axis.axhline(0, color="black", lw=0.8)
             axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=8)
-        start = max(r.found["validation"][0][1] for r in results)
-        least = min(point(loss) for r in results for _, loss in r.found["validation"] if loss is not None)
-        figure.axes[0].set_ylim(least - 0.05 * (start - least), start)  # what has diverged leaves the picture
-        figure.axes[0].set_ylabel("validation loss (nats/token)")
+        # Linear up to a tenth, so that what is close can be told apart and what has failed is in the picture, too.
+        figure.axes[0].set_yscale("symlog", linthresh=0.1)
+        figure.axes[0].yaxis.set_major_locator(FixedLocator([-1, -0.1, -0.05, 0, 0.05, 0.1, 1, 10]))
+        figure.axes[0].yaxis.set_major_formatter("{x:+g}")
+        figure.axes[0].set_ylabel("validation loss less AdamW's\n(nats/token, linear up to 0.1)")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         return figure
+
+    @staticmethod
+    def _curves(results: Sequence[Result], name: str, lr: float) -> list[list[tuple[int, float]]]:
+        """A seed's pairs of a step and the loss, from the first step on."""
+        found = [r.found["validation"][1:] for r in results if (r.case["name"], r.case["lr"]) == (name, lr)]
+        return [[(step, point(loss)) for step, loss in one] for one in found]
 
     def finals(self, results: Sequence[Result], name: str, lr: float) -> list[float]:
         """The last validation losses, by seed."""

@@ -74,7 +74,7 @@ class Reduction(Comparison):
     shows = "Figure 15"
     claim = "the mean of a block's v trains better than its maximum, minimum, 1-norm or 2-norm"
 
-    lrs: tuple[float, ...] = flag((1e-3, 3e-3), "peak learning rates")
+    steps: int = flag(100, "optimizer steps of a training")
     reductions: tuple[str, ...] = flag(tuple(REDUCTIONS), "which of them, the one that is claimed to be best first")
 
     def names(self) -> tuple[str, ...]:

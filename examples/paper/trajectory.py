@@ -41,12 +41,18 @@ def _rivals() -> dict[str, Callable[[nn.Module, float], Optimizer]]:
 
 @dataclass(frozen=True)
 class Trajectory(LlamaExperiment):
-    """The paper's: learning rate 1e-5 for all, constant. SM3's gradient sums never decay, so that it all but stops."""
+    """The paper's: learning rate 1e-5 for all, constant. SM3's gradient sums never decay, so that it all but stops.
+
+    Adafactor starts further off, as its momentum isn't corrected for starting at zero, but then comes closer than
+    Adam-mini, likely because its averages over rows and over columns keep more of AdamW's v than one mean a block.
+    CAME divides by the root of averages that aren't corrected either, so that its first steps are far larger.
+    """
 
     name = "trajectory"
     shows = "Figure 10 c"
     claim = "Adam-mini stays closer to AdamW's path than other memory-efficient optimizers"
 
+    steps: int = flag(200, "optimizer steps of a training")
     lr: float = flag(1e-5, "learning rate")
     checkpoints: int = flag(10, "how many weights are compared along a training")
     optimizers: tuple[str, ...] = flag((OURS, "Adafactor", "CAME", "SM3", "Lion", "LAMB"), "which are compared")
@@ -72,12 +78,17 @@ class Trajectory(LlamaExperiment):
         figure, axes = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
         for number, name in enumerate(self.optimizers):
             found = [result.found for result in results if result.case["name"] == name]
-            style = {"color": f"C{(5, 3, 4, 0, 1, 2)[number % 6]}", "marker": "osD^vP"[number % 6], "ms": 4}
+            style = {
+                "color": f"C{(5, 3, 4, 0, 1, 2)[number % 6]}",
+                "marker": "osD^vP"[number % 6],
+                "ms": 4,
+                "ls": ("-", "--", "-.", ":")[number % 4],
+            }
             band(axes, found[0]["step"], [_relative(one) for one in found], name, **style)
         axes.set(title="Distance to AdamW's weights", xlabel="optimizer step", yscale="log")
         axes.set_ylabel("Euclidean, over the distance\nthat AdamW has gone")
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, ncols=3, fontsize=8)
+        figure.legend(loc="outside lower center", frameon=False, ncols=6)
         return figure
 
     def judge(self, results: Sequence[Result]) -> Verdict:
