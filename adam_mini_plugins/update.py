@@ -95,8 +95,8 @@ def adam_mini(
             maximize=maximize,
             rounding_key=key_of_step(seeds[first], step) if at_random[first] else None,
         )
-        tensors = ([of[i] for i in numbers] for of in (params, grads, exp_avgs, exp_avg_sqs))
-        _update(*tensors, layout=layout, means=means, rates=rates)
+        ps, gs, ms, vs = ([of[i] for i in numbers] for of in (params, grads, exp_avgs, exp_avg_sqs))
+        _update(ps, gs, ms, vs, layout, means, rates)
 
 
 def _counted(state_steps: Sequence[Tensor], capturable: bool) -> Sequence[Any]:
@@ -175,8 +175,8 @@ def _update(
         param, exp_avg = torch.stack(params), torch.stack(exp_avgs)
     # Its views say where in the tensor their elements are, which only rounding at random needs to know.
     places = param if rates.rounding_key is None else torch.empty(param.shape, device="meta")
-    for chunk in _chunks(_limit(param, copied), range(param.dim()), param, grad, exp_avg, scale, places):
-        _descend(*([part] for part in chunk), rates=rates)
+    for p, g, m, s, place in _chunks(_limit(param, copied), range(param.dim()), param, grad, exp_avg, scale, places):
+        _descend([p], [g], [m], [s], [place], rates)
     if others:
         for tensors, stack in ((params, param), (exp_avgs, exp_avg), (exp_avg_sqs, exp_avg_sq)):
             _store(tensors, stack.unbind())
