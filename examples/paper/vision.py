@@ -145,7 +145,11 @@ class Residual(nn.Module):
 
 @dataclass(frozen=True)
 class Vision(OnPar):
-    """A ResNet-18 of a quarter of the width, a vision transformer and a DDPM on 8x8 digits, half of them held out."""
+    """A ResNet-18 of a quarter of the width, a vision transformer and a DDPM on 8x8 digits, half of them held out.
+
+    The rate decides most of the DDPM's gap: at one seed, where AdamW ends at 0.127 and Adam-mini at 0.136, twice the
+    learning rate ends at 0.130, and blocks by neuron, in place of one a tensor, at 0.134.
+    """
 
     name = "vision"
     claim = "on vision models Adam-mini is on par with AdamW or better"
