@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -90,7 +90,9 @@ class Comparison(LlamaExperiment):
             axis.axhline(0, color="black", lw=0.8)
             axis.grid(alpha=0.25)
         # Linear up to a tenth, so that what is close can be told apart and what has failed is in the picture, too.
-        figure.axes[0].set_yscale("symlog", linthresh=0.1)
+        figure.axes[0].set_yscale("symlog", linthresh=0.1, linscale=2)
+        figure.axes[0].margins(y=0.02)
+        figure.axes[0].yaxis.set_minor_locator(NullLocator())
         figure.axes[0].yaxis.set_major_locator(FixedLocator([-1, -0.1, -0.05, 0, 0.05, 0.1, 1, 10]))
         figure.axes[0].yaxis.set_major_formatter("{x:+g}")
         figure.axes[0].set_ylabel("validation loss less AdamW's\n(nats/token, linear up to 0.1)")
