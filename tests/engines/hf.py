@@ -182,7 +182,7 @@ def resumed() -> dict[str, float]:
 
 def main() -> None:
     global ENGINE
-    faulthandler.dump_traceback_later(140)
+    faulthandler.dump_traceback_later(290)
     ways = {
         "trainer": lambda: compared(plain, model),
         "lora": lambda: compared(with_lora, lambda: get_peft_model(model(), lora())),

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SECONDS = int(os.environ.get("ENGINE_SECONDS", "150"))  # processes that wait for one another wait for ever
+# Processes that wait for one another wait for ever. The first launch of DeepSpeed compiles, for a minute or two.
+SECONDS = int(os.environ.get("ENGINE_SECONDS", "300"))
 
 
 def launch(script: str, processes: int, *arguments: str, launcher: Sequence[str] = (), **environment: str) -> Any:

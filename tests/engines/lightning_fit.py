@@ -132,7 +132,7 @@ def alone(ours: bool) -> tuple[dict[str, torch.Tensor], float]:
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(140)
+    faulthandler.dump_traceback_later(290)
     warnings.simplefilter("ignore")
     figures: dict[str, dict[str, float]] = {}
     for name in workers.arguments():
