@@ -69,7 +69,9 @@ class Pretrain(LlamaExperiment):
     size: str = flag("mini", "the model: mini, tiny, or one of examples/pretrain.py's (demo, 39M, 67M, ...)")
     steps: int = flag(200, "optimizer steps of a training")
     lr: float = flag(5e-3, "AdamW's customary peak rate; the others' are fixed multiples of it")
-    factors: tuple[float, ...] = flag((0.4, 1.0, 2.5), "the rates that are tried, in units of the customary one")
+    factors: tuple[float, ...] = flag(
+        (0.16, 0.4, 1.0, 2.5, 6.25), "the rates that are tried, in units of the customary one"
+    )
     optimizers: tuple[str, ...] = flag(tuple(CUSTOMARY), "which are trained; AdamW and Adam-mini always are")
     beta1s: tuple[float, ...] = flag((0.8,), "tried besides 0.9")
     beta2s: tuple[float, ...] = flag((0.9, 0.999), "tried besides 0.95")
@@ -122,7 +124,7 @@ class Pretrain(LlamaExperiment):
         settings.set_yticks(range(len(labels)), labels)
         settings.invert_yaxis()
         settings.set(title="One setting changed", xlabel="final loss (nats/token)")
-        settings.legend(frameon=False, fontsize=8)
+        settings.legend(frameon=False, fontsize=8, loc="lower right")
         settings.grid(alpha=0.25)
         return figure
 
