@@ -53,7 +53,9 @@ def optimizer(name: str, model: nn.Module, lr: float) -> Optimizer:
 class Parity(LlamaExperiment):
     """Trainings of several lengths at several rates, on the same text; each has its own cosine.
 
-    None of the rules has more blocks than the paper's, but the element-wise one.
+    None of the rules has more blocks than the paper's, but the element-wise one. Longer trainings, two seeds,
+    ``--steps 3840 --lengths 1 --lrs 0.003 --seeds 2`` (parity-3840.json): the paper's blocks end 1.0% below AdamW,
+    embedding and head by channel 3.1% below.
     """
 
     name = "parity"
