@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tiny import llama
 
 import adam_mini_plugins
 from adam_mini_plugins import AdamMini
@@ -39,6 +40,13 @@ from examples.paper.vision import Vision, digits
 from examples.paper.workers import Workers, cores
 
 QUIET = Console(quiet=True)
+SMALL = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def measured(experiment: Experiment) -> list[Result]:
@@ -258,7 +266,6 @@ def test_directions_on_which_the_loss_does_not_depend_are_no_part_of_kappa() -> 
 
 
 def test_the_hessian_of_a_transformer_is_that_of_its_blocks() -> None:
-    pytest.importorskip("transformers", reason="the hf extra is not installed")
     experiment = HessianTransformer(seeds=1, width=4, heads=2, neurons=4, vocabulary=260, sequences=2, tokens=8)
     (result,) = measured(experiment)
     for part in PARTS:
@@ -291,7 +298,6 @@ def test_the_blocks_of_a_transformer_are_judged_by_what_lies_inside() -> None:
 
 
 def test_memory_is_what_plan_predicts() -> None:
-    pytest.importorskip("transformers", reason="the hf extra is not installed")
     experiment = Memory(models=("gpt2",))
     (result,) = measured(experiment)
     assert result.found["parameters"] == 124_439_808
@@ -301,16 +307,10 @@ def test_memory_is_what_plan_predicts() -> None:
     assert not experiment.judge([result]).held
 
 
-def llama() -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
-    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
-
-
 def stepped(optimizer: type[AdamMini], **options: object) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The second moments and the weights after a step, by name."""
     torch.manual_seed(0)
-    model = llama()
+    model = llama(**SMALL)
     stepper = optimizer.for_model(model, lr=0.01, **options)
     tokens = torch.arange(10).view(2, 5)
     model(tokens, labels=tokens).loss.backward()
@@ -340,7 +340,7 @@ def test_reductions_of_a_block() -> None:
 
 
 def test_partitions_have_the_blocks_that_their_names_say() -> None:
-    model = llama()
+    model = llama(**SMALL)
     count = {name: adam_mini_plugins.partition(model, **given).num_blocks() for name, given in PARTITIONS.items()}
     assert count["one for the embedding"] == count["one for the head"] == count["the paper's"] - 10
     assert count["one for embedding and head"] == count["the paper's"] - 20
@@ -350,17 +350,8 @@ def test_partitions_have_the_blocks_that_their_names_say() -> None:
     assert count["a block a tensor"] == len(list(model.parameters()))
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    for number in range(40):
-        names = [f"name_{(number * 7 + k) % 11}" for k in range(30)]
-        (tmp_path / f"{number}.py").write_text("\n".join(f"def {name}({name}):\n    return {name}" for name in names))
-    return str(tmp_path)
-
-
 def test_trainings_in_small(text: str, tmp_path: Path) -> None:
     """Each experiment that trains, from its flags to its verdict; at the same seed AdamW is the same in all."""
-    pytest.importorskip("pytorch_optimizer", reason="the examples extra is not installed")
     small = {"seeds": 1, "steps": 4, "dataset": text}
     rivals = ("AdamW", "Adam-mini", "Adafactor", "CAME", "SM3", "Lion", "LAMB")
     experiments = (
@@ -428,10 +419,6 @@ def test_on_par_is_what_seeds_differ_by() -> None:
 
 @pytest.mark.parametrize("kind", [Vision, Graph])
 def test_table_6_in_small(kind: type[OnPar], tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="the hf extra is not installed")
-    pytest.importorskip("sklearn", reason="the examples extra is not installed")
-    if kind is Graph:
-        pytest.importorskip("torch_geometric", reason="the examples extra is not installed")
     experiment = kind(seeds=1, steps=2)
     run(experiment, tmp_path, False, QUIET)
     path = tmp_path / f"{experiment.name}.json"
@@ -451,12 +438,10 @@ def test_table_6_in_small(kind: type[OnPar], tmp_path: Path) -> None:
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:
-    pytest.importorskip("sklearn", reason="the examples extra is not installed")
     train, labels, held_out, held_out_labels = digits()
     assert len(train) + len(held_out) == len(labels) + len(held_out_labels) == 1797
     assert -1 == train.min() < train.max() == 1
 
-    pytest.importorskip("torch_geometric", reason="the examples extra is not installed")
     task = GCN(seed=0)
     assert len(task.known) == 10 * LABELLED
     assert task.held_out.sum() == 1797 - 10 * LABELLED
@@ -476,7 +461,6 @@ def test_the_largest_batch_is_found(most: int) -> None:
 
 
 def test_throughput_says_what_this_machine_can_tell(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="the hf extra is not installed")
     experiment = Throughput(batch=1, rounds=2)
     (result,) = measured(experiment)
     rates = [one["tokens_per_second"] for one in result.found["same batch"].values()]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tiny import llama
 
 import adam_mini_plugins
 
@@ -24,22 +25,6 @@ from examples.paper.scaling import Scaling, count, steps
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    for number in range(40):
-        names = [f"name_{(number * 7 + k) % 11}" for k in range(30)]
-        (tmp_path / f"{number}.py").write_text("\n".join(f"def {name}({name}):\n    return {name}" for name in names))
-    return str(tmp_path)
-
-
-def llama(**sizes: int) -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
-    given = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, **sizes}
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**{"num_attention_heads": 2, "num_key_value_heads": 2, **given})
-    )
-
-
 def found(experiment: Experiment, loss: Any) -> list[Result]:
     """Results as they would be if a case's last loss were what the function says."""
     return [
@@ -49,7 +34,6 @@ def found(experiment: Experiment, loss: Any) -> list[Result]:
 
 
 def test_each_runs_from_its_flags_to_its_verdict_and_goes_on(text: str, tmp_path: Path) -> None:
-    pytest.importorskip("pytorch_optimizer", reason="the examples extra is not installed")
     small = {"seeds": 1, "dataset": text}
     experiments = (
         Pretrain(**small, steps=2, factors=(1.0,), beta1s=(0.8,), beta2s=(0.95,), epsilons=(1e-8,)),
@@ -88,7 +72,6 @@ def test_all_have_as_many_rates_and_what_is_changed_is_one_thing() -> None:
 
 
 def test_an_optimizer_gets_the_settings_of_its_case() -> None:
-    pytest.importorskip("pytorch_optimizer", reason="the examples extra is not installed")
     model = llama()
     for name in CUSTOMARY:
         case = {"name": name, "lr": 0.25, "beta1": 0.7, "beta2": 0.8, "eps": 1e-5}
@@ -158,7 +141,7 @@ def test_sizes_are_counted_without_building_them() -> None:
 
 
 def test_no_rule_has_more_blocks_than_the_papers_but_the_element_wise_one() -> None:
-    model = llama()
+    model = llama(vocab_size=11, hidden_size=8)
     blocks = {name: adam_mini_plugins.partition(model, rules=rules(model)) for name, rules in RULES.items()}
     numbers = {name: found.num_blocks() for name, found in blocks.items()}
     assert numbers["head by channel"] == numbers[PAPER] - 11 + 8
