@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from operator import attrgetter, is_
-from typing import Any
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .blocks import Layout, Partition
 from .blocks import partition as make_partition
 from .blocks.whole import fsdp1_handle, whole_shape
 from .flat import Flat, block_means
-from .kernels import Members, Plan
+from .kernels import Members, Plan, same
 from .options import NEW_OPTIONS, checked_options, momentum_dtype
 from .rounding import seed_of_tensor
 from .update import second_moment_dtype
@@ -31,8 +31,30 @@ _ENGINES = (
     "(fully_shard in torch, fsdp_version: 2 in accelerate, ModelParallelStrategy in Lightning)"
 )
 
-# Of each group, what its plan was made for and the plan.
-_Plans = Sequence[tuple[list[Any], Plan]]
+_GRAD = attrgetter("grad")
+# What of a group's options a plan hangs on.
+_OPTIONS = itemgetter("fused", "stochastic_rounding", "seed", "state_dtype", "capturable")
+
+
+class _GroupPlan(NamedTuple):
+    """The plan of a group's last step, and what of the group it was made for."""
+
+    options: tuple[Any, ...]
+    params: list[Tensor]
+    blocks: list[str]
+    plan: Plan
+
+    def is_of(self, group: dict[str, Any]) -> bool:
+        """Whether a group is as it was then, but for what the plan looks at itself."""
+        return (
+            _OPTIONS(group) == self.options
+            and len(group["params"]) == len(group["param_names"]) == len(self.params)
+            and same(group["params"], self.params)
+            and group["blocks"] == self.blocks
+        )
+
+
+_Plans = Sequence[_GroupPlan]
 
 
 class AdamMini(Optimizer):
@@ -342,7 +364,6 @@ class AdamMini(Optimizer):
             )
         return given or entry.name, parameter, str(entry.layout)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
 
@@ -358,10 +379,16 @@ class AdamMini(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        self._step()
+        if torch.compiler.is_compiling():
+            self._step_untraced()
+        else:
+            self._step()
         return loss
 
     @torch._disable_dynamo  # raw pointers and counts that are read: nothing of it can be traced
+    def _step_untraced(self) -> None:
+        self._step()
+
     def _step(self) -> None:
         self._plans = self._step_groups(self.param_groups, self._plans)
 
@@ -372,7 +399,14 @@ class AdamMini(Optimizer):
             steps = self._plan(groups)
             # What processes share is found out anew in every step, with what they have to tell each other.
             cut = any(sharding.is_sharded(p) or p in self._flats for group in groups for p in group["params"])
-            plans = () if cut else [(_watched(group), plan) for group, plan, _ in steps]
+            plans = (
+                []
+                if cut
+                else [
+                    _GroupPlan(_OPTIONS(group), list(group["params"]), list(group["blocks"]), plan)
+                    for group, plan, _ in steps
+                ]
+            )
         for group, plan, grads in steps:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             plan.step(
@@ -391,26 +425,27 @@ class AdamMini(Optimizer):
         self, groups: Sequence[dict[str, Any]], plans: _Plans
     ) -> list[tuple[dict[str, Any], Plan, list[Tensor]]] | None:
         """Each group with the plan of its last step and the gradients of this; ``None`` if a plan is out of date."""
-        if len(plans) != len(groups) or any(_watched(group) != watched for group, (watched, _) in zip(groups, plans)):
+        if len(plans) != len(groups) or not all(map(_GroupPlan.is_of, plans, groups)):
             return None
         of_groups = []
         for group in groups:
-            grads = list(map(attrgetter("grad"), group["params"]))
-            params = [p for p, grad in zip(group["params"], grads) if grad is not None]
-            of_groups.append((params, [grad for grad in grads if grad is not None]))
+            grads = list(map(_GRAD, group["params"]))
+            with_grad = [p for p, grad in zip(group["params"], grads) if grad is not None]
+            of_groups.append((with_grad, [grad for grad in grads if grad is not None]))
         states, found = iter(self._states([p for params, _ in of_groups for p in params])), []
-        for group, (_, plan), (params, grads) in zip(groups, plans, of_groups):
-            if not plan.holds(params, grads, list(islice(states, len(params)))):
+        for group, planned, (params, grads) in zip(groups, plans, of_groups):
+            if not planned.plan.holds(params, grads, list(islice(states, len(params)))):
                 return None
-            found.append((group, plan, grads))
+            found.append((group, planned.plan, grads))
         return found
 
     def _states(self, params: Sequence[Tensor]) -> list[Any]:
         """The states of parameters; ``None`` for those without."""
-        if len(params) == len(self.state) and all(map(is_, params, self.state)):
+        if len(params) == len(self.state) and same(params, self.state):
             return list(self.state.values())  # most often they are in this order: none has to be looked up
         return list(map(self.state.get, params))
 
+    @torch.no_grad()
     def _plan(self, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], Plan, list[Tensor]]]:
         """Checks all parameters, and finds for each group a plan and the gradients of this step."""
         for group in groups:
@@ -611,19 +646,6 @@ def _check_ordered(params: Any) -> None:
 def _device_of_step(parameter: Tensor, group: dict[str, Any]) -> torch.device:
     """Where the count of a parameter's steps is: as torch's on the CPU, so that reading it waits for no device."""
     return parameter.device if group["capturable"] else torch.device("cpu")
-
-
-def _watched(group: dict[str, Any]) -> list[Any]:
-    """What of a group a plan hangs on, besides the tensors of a step: a change of it, and all is checked anew."""
-    params = group["params"]
-    options = [group[key] for key in ("fused", "stochastic_rounding", "seed", "state_dtype", "capturable")]
-    return [
-        *options,
-        list(map(id, params)),
-        list(map(attrgetter("shape"), params)),
-        list(group["blocks"]),
-        len(group["param_names"]),
-    ]
 
 
 def _names(group: dict[str, Any], flats: Mapping[Tensor, Flat]) -> list[str]:

@@ -39,6 +39,7 @@ _SMALL = 2**14
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
+@torch.no_grad()
 def adam_mini(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -287,6 +287,31 @@ def test_whatever_is_swapped_under_the_optimizer_is_noticed() -> None:
 
 
 @needs_kernel
+def test_other_strides_are_noticed() -> None:
+    layer, twin = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+    twin.load_state_dict(layer.state_dict())
+    ours, plain = AdamMini.for_model(layer, **OPTIONS), AdamMini.for_model(twin, fused=False, **OPTIONS)
+
+    def step(grad: Tensor) -> None:
+        layer.weight.grad, twin.weight.grad = grad, grad.contiguous()
+        ours.step()
+        plain.step()
+        torch.testing.assert_close(layer.weight, twin.weight, rtol=1e-6, atol=1e-6)
+
+    for grad in torch.randn(2, 4, 4):
+        step(grad)
+        step(grad.t())
+        step(grad)
+        step(grad[:1].expand(4, 4))
+    for network in (layer, twin):
+        network.weight.data = network.weight.data.t()  # in the same memory
+    step(torch.randn(4, 4))
+    layer.weight.grad = torch.randn(4, 4).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        ours.step()
+
+
+@needs_kernel
 def test_versions_of_what_is_written_move() -> None:
     parameter, grads = case((6, 5))
     optimizer = optimizer_for(parameter, Layout.each_row(6), fused=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from importlib import import_module
-from operator import attrgetter, is_, itemgetter
+from operator import is_, itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class Members(NamedTuple):
 
     def at(self, numbers: Sequence[int]) -> Members:
         """Those with these numbers."""
-        return Members._make([column[i] for i in numbers] for column in self)
+        return Members._make(_picked(column, numbers) for column in self)
 
 
 class Plan:
@@ -63,13 +63,13 @@ class Plan:
             numbers_of.setdefault(way, []).append(number)
         # Without the gradients, which are freed when a step is over.
         self._members = members._replace(grads=[])
-        self._kinds, self._contiguous = _kinds(members.params, members.grads), _contiguous(members.grads)
-        self._ways = [
-            (way, numbers, [seeds[i] for i in numbers] if seeds else []) for way, numbers in numbers_of.items()
-        ]
-        self._table = next((cpu.Table(*members.at(of), seeds) for way, of, seeds in self._ways if way is cpu), None)
+        self._tabled = numbers_of.pop(cpu, [])
+        of_table = _picked(seeds, self._tabled) if seeds else []
+        self._table = cpu.Table(*members.at(self._tabled), of_table) if self._tabled else None
+        self._others = [(way, of, _picked(seeds, of) if seeds else []) for way, of in numbers_of.items()]
+        self._kinds = self._kinds_of(members.params, members.grads)
 
-    def holds(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Any]) -> bool:
+    def holds(self, params: list[Tensor], grads: list[Tensor], states: Sequence[Any]) -> bool:
         """Whether it is good for a step of these: of tensors with the blocks and no means that it was made for.
 
         This is most of what a step of small tensors takes, so that loops are in C.
@@ -83,14 +83,25 @@ class Plan:
         return (
             len(params) == len(then.params)
             and all(states)
-            and _are(params, then.params)
-            and _are(map(itemgetter("exp_avg"), states), then.exp_avgs)
-            and _are(map(itemgetter("exp_avg_sq"), states), then.exp_avg_sqs)
-            and _are(map(itemgetter("step"), states), then.state_steps)
-            and _kinds(params, grads) == self._kinds
-            and _contiguous(grads) == self._contiguous
-            and (self._table is None or self._table.stands())
+            and same(params, then.params)
+            and same(map(itemgetter("exp_avg"), states), then.exp_avgs)
+            and same(map(itemgetter("exp_avg_sq"), states), then.exp_avg_sqs)
+            and same(map(itemgetter("step"), states), then.state_steps)
+            and self._kinds_of(params, grads) == self._kinds
+            and (self._table is None or self._table.holds(_picked(grads, self._tabled)))
         )
+
+    def _kinds_of(self, params: list[Tensor], grads: list[Tensor]) -> list[Any]:
+        """What the way of a tensor hangs on that can change under the same object, or with a new gradient.
+
+        Only of those that are in no table, which looks at all of it itself.
+        """
+        kinds: list[Any] = []
+        for _, numbers, _ in self._others:
+            for p, g in zip(_picked(params, numbers), _picked(grads, numbers)):
+                # Of a sparse gradient it can't be told whether it is contiguous.
+                kinds.append((p.shape, p.dtype, g.dtype, g.layout == torch.strided and g.is_contiguous()))
+        return kinds
 
     def step(self, grads: list[Tensor], *, lr: float | Tensor, capturable: bool, **rates: Any) -> None:
         """Performs one step.
@@ -102,19 +113,18 @@ class Plan:
             **rates: What else :func:`..update.adam_mini` takes.
         """
         members = self._members._replace(grads=grads)
-        for way, numbers, seeds in self._ways:
-            of_way = members if len(self._ways) == 1 else members.at(numbers)
-            if self._table is not None and way is cpu:
-                self._table.step(of_way.grads, of_way.block_means, lr=float(lr), **rates)
-            else:
-                way.adam_mini(
-                    *of_way,
-                    lr=lr if capturable else float(lr),
-                    stochastic_rounding=bool(seeds),
-                    seeds=seeds,
-                    capturable=capturable,
-                    **rates,
-                )
+        if self._table is not None:
+            means = _picked(members.block_means, self._tabled)
+            self._table.step(_picked(grads, self._tabled), means, lr=float(lr), **rates)
+        for way, numbers, seeds in self._others:
+            way.adam_mini(
+                *members.at(numbers),
+                lr=lr if capturable else float(lr),
+                stochastic_rounding=bool(seeds),
+                seeds=seeds,
+                capturable=capturable,
+                **rates,
+            )
 
 
 def _way_of(member: Members) -> tuple[ModuleType, str]:
@@ -130,17 +140,11 @@ def _way_of(member: Members) -> tuple[ModuleType, str]:
     return (update, why) if why else (kernels, "")
 
 
-def _are(tensors: Iterable[Tensor], others: Sequence[Tensor]) -> bool:
+def same(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
     """Whether these are the same objects as those, as far as both go."""
     return all(map(is_, tensors, others))
 
 
-def _kinds(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Any]:
-    """What the way of a tensor hangs on that can change under the same object, or with a new gradient."""
-    dtype, layout = attrgetter("dtype"), attrgetter("layout")
-    return [*map(dtype, params), *map(dtype, grads), *map(layout, grads)]
-
-
-def _contiguous(grads: Sequence[Tensor]) -> list[bool]:
-    """The same, where layouts are alike: of a sparse gradient it can't be told."""
-    return list(map(Tensor.is_contiguous, grads))
+def _picked(column: Any, numbers: Sequence[int]) -> Any:
+    """Those of a column with these numbers, which rise: the column itself where that is all."""
+    return column if len(numbers) == len(column) else [column[i] for i in numbers]

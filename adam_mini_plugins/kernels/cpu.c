@@ -16,7 +16,8 @@
 
 #define TILE 1024  /* elements in buffers on the stack */
 #define SHORT 64   /* elements of a block that is not worth a loop of its own */
-#define AHEAD 2048 /* elements: found by trying */
+#define NEAR 2048  /* elements by which to ask ahead, found by trying: in short blocks */
+#define FAR 4096   /* and in long ones */
 
 enum { FLOAT32, BFLOAT16, FLOAT16, BFLOAT16_STOCHASTIC };
 
@@ -44,15 +45,26 @@ typedef struct {
     uint32_t key;
 } Rates;
 
+/* What torch's stable C interface tells of a tensor (aoti_torch/c/shim.h), for a pointer to its handle; 0 where it
+ * can. */
+typedef int32_t Query(const uintptr_t *tensor, void *answer);
+
 typedef struct {
     double lr, beta1, beta2, weight_decay, eps;
     int64_t maximize, tensors;
-    const uintptr_t *params, *grads, *exp_avgs, *exp_avg_sqs, *steps; /* addresses */
+    const uintptr_t *params;
+    uintptr_t *grads;
+    const uintptr_t *exp_avgs, *exp_avg_sqs, *steps; /* addresses */
     const Kind *kinds;
     Rates *rates;
     const Task *sums, *moments, *updates;
     int64_t num_sums, num_moments, num_updates;
     double *partial;
+    /* What adam_mini_holds looks at. */
+    Query *data_ptr, *dtype, *dim, *sizes, *strides;
+    const int64_t *shapes; /* of each tensor the dtypes of parameter and gradient, the number of axes, their extents */
+    void *(*address_of)(void *);
+    void *const *written; /* the objects of parameters, momenta, second moments and steps */
 } Step;
 
 typedef struct {
@@ -200,7 +212,7 @@ INLINE void descend_one(Constants c, Range r, int64_t i, float scale) {
 /* What a task's thread comes to after the elements of `r`: `left` of the task are left there, then `next` begins. */
 typedef struct {
     Range next;
-    int64_t left;
+    int64_t left, distance;
 } Ahead;
 
 /* Four cache lines of what is the larger, in elements. */
@@ -210,7 +222,7 @@ INLINE int64_t stride_of(Range r) { return r.of_p == FLOAT32 || r.of_m == FLOAT3
  * on for long enough for the processor to see them. Of shorter types somewhat more is asked for than is used at once,
  * and at a task's end something beyond it. */
 INLINE void prefetch(Range r, Ahead ahead, int64_t i) {
-    const int64_t to = i + AHEAD;
+    const int64_t to = i + ahead.distance;
     const Range soon = to < ahead.left ? later(r, to) : later(ahead.next, to - ahead.left);
     for (int64_t line = 0; line < 4; line++) {
         __builtin_prefetch((const char *)soon.g + 64 * line, 0);
@@ -267,7 +279,7 @@ INLINE void short_blocks(const Step *s, const Task *task, Range next, Kind of, i
         const int64_t count = task->blocks - first < at_once ? task->blocks - first : at_once;
         const Range r = range_from(s, t, task->start + first * length, of);
         float *v = (float *)s->exp_avg_sqs[t] + task->row + first * size;
-        const Ahead ahead = {next, (task->blocks - first) * length};
+        const Ahead ahead = {next, (task->blocks - first) * length, NEAR};
         for (int64_t i = 0; i < count * length; i += stride_of(r)) prefetch(r, ahead, i);
         if (!given) {
 #pragma omp simd
@@ -309,7 +321,8 @@ INLINE void blocks(const Step *s, const Task *task, Range next, Kind of, int giv
         const float new = given ? v[0] : moved(s, v[0], sum_of_squares(r.g, of.grad, length) / (double)length);
         if (!given)
             for (int64_t row = 0; row < task->size; row++) v[row] = new;
-        descend(s, r, length, scale_of(new, step_size, correction, eps), (Ahead){next, (task->blocks - b) * length});
+        const Ahead ahead = {next, (task->blocks - b) * length, length < NEAR ? NEAR : FAR};
+        descend(s, r, length, scale_of(new, step_size, correction, eps), ahead);
     }
 }
 
@@ -418,4 +431,30 @@ void adam_mini_step(const Step *s, unsigned threads, Parallel parallel) {
         for (int64_t row = 0; row < task->size; row++) v[row] = new;
     }
     run(s, s->updates, s->num_updates, threads, parallel);
+}
+
+/* Whether a tensor is contiguous, and of a dtype and shape. */
+static int is_like(const Step *s, const uintptr_t *tensor, int64_t dtype, int64_t axes, const int64_t *extents) {
+    int32_t its_dtype;
+    int64_t its_axes, *its_extents, *its_strides, elements = 1, stride = 1;
+    if (s->dtype(tensor, &its_dtype) || s->dim(tensor, &its_axes) || its_dtype != dtype || its_axes != axes) return 0;
+    if (s->sizes(tensor, &its_extents) || s->strides(tensor, &its_strides)) return 0;
+    for (int64_t axis = 0; axis < axes; elements *= extents[axis++])
+        if (its_extents[axis] != extents[axis]) return 0;
+    for (int64_t axis = axes; elements && axis--; stride *= extents[axis])
+        if (extents[axis] != 1 && its_strides[axis] != stride) return 0;
+    return 1;
+}
+
+/* Notes where the gradients of a step are, of which handles are given, like those of the parameters. Tells whether all
+ * is what and where it was: memory may be another's, or of another shape, under the same object. */
+int adam_mini_holds(const Step *s, const uintptr_t *params, const uintptr_t *grads) {
+    int holds = 1;
+    const int64_t *shape = s->shapes;
+    for (int64_t t = 0; t < s->tensors; t++, shape += 3 + shape[2])
+        holds &= is_like(s, params + t, shape[0], shape[2], shape + 3) &&
+                 is_like(s, grads + t, shape[1], shape[2], shape + 3) && !s->data_ptr(grads + t, s->grads + t) &&
+                 (s->grads[t] || !s->params[t]); /* some tensors have no memory of their own */
+    for (int64_t i = 0; i < 4 * s->tensors; i++) holds &= s->address_of(s->written[i]) == (void *)s->params[i];
+    return holds;
 }

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,11 @@ _LONG = 2**18
 # Set to anything, this keeps the library from being loaded.
 _SWITCH = "ADAM_MINI_NO_KERNEL"
 
+# Of a tensor, where torch's own object is.
+_HANDLE = attrgetter("_cdata")
+# What the library asks torch's stable C interface, of which the names begin with `aoti_torch_get_`.
+_QUERIES = ("data_ptr", "dtype", "dim", "sizes", "strides")
+
 
 class _Step(ctypes.Structure):
     """``Step`` of ``cpu.c``."""
@@ -47,6 +53,8 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("kinds", "rates", "sums", "moments", "updates")),
         *((name, ctypes.c_int64) for name in ("num_sums", "num_moments", "num_updates")),
         ("partial", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in _QUERIES),
+        *((name, ctypes.c_void_p) for name in ("shapes", "address_of", "written")),
     )
 
 
@@ -54,14 +62,39 @@ class _Step(ctypes.Structure):
 def library() -> Any | None:
     """The built library; ``None``, which is logged once, where there is none."""
     spec = find_spec("adam_mini_plugins.kernels._cpu")
-    if spec is None or spec.origin is None or _SWITCH in os.environ:
-        why = f"{_SWITCH} is set" if _SWITCH in os.environ else "it was not built: the install found no C compiler"
+    why = ""
+    if _SWITCH in os.environ:
+        why = f"{_SWITCH} is set"
+    elif spec is None or spec.origin is None:
+        why = "it was not built: the install found no C compiler"
+    elif _interface() is None:
+        why = f"torch {torch.__version__} lacks the C interface that it calls"
+    if why or spec is None or spec.origin is None:
         logger.warning("AdamMini steps on a CPU without its fused kernel (%s)", why)
         return None
-    loaded = ctypes.CDLL(spec.origin)
+    loaded: Any = ctypes.CDLL(spec.origin)
     loaded.adam_mini_step.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p)
     loaded.adam_mini_step.restype = None
+    # It asks for memory of Python's objects, so that Python must not go on meanwhile.
+    loaded.holds = ctypes.PyDLL(spec.origin).adam_mini_holds
+    loaded.holds.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     return loaded
+
+
+@lru_cache(maxsize=1)
+def _interface() -> tuple[dict[str, int | None], dict[torch.dtype, int]] | None:
+    """Where torch's functions that the library calls are, and the numbers by which they call dtypes."""
+    interface, guards = ctypes.CDLL(torch._C.__file__), torch._C._dynamo.guards
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in _KINDS}
+    try:
+        queries = {name: getattr(interface, f"aoti_torch_get_{name}") for name in _QUERIES}
+        numbers = {dtype: getattr(interface, f"aoti_torch_dtype_{name}")() for dtype, name in names.items()}
+        # What the code uses that torch.compile writes.
+        address_of = guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
+    except AttributeError:
+        return None
+    found = {name: ctypes.cast(query, ctypes.c_void_p).value for name, query in queries.items()}
+    return {**found, "address_of": address_of}, numbers
 
 
 @lru_cache(maxsize=1)
@@ -144,39 +177,55 @@ class Table:
         block_means: Sequence[Tensor | None],
         seeds: Sequence[int] = (),
     ) -> None:
-        self._layouts, self._exp_avg_sqs = layouts, exp_avg_sqs
+        self._layouts, self._exp_avg_sqs, self._params = layouts, exp_avg_sqs, params
         self._written = [*params, *exp_avgs, *exp_avg_sqs, *state_steps]
-        kinds, work = array("q"), _Work()
+        kinds, shapes, work = array("q"), array("q"), _Work()
+        functions, numbers = cast(tuple[dict[str, Any], dict[torch.dtype, int]], _interface())
         # The means of these come from outside, or from torch.
         self._indirect = []
         for number, (p, g, m, layout, means) in enumerate(zip(params, grads, exp_avgs, layouts, block_means)):
             kind = _STOCHASTIC if seeds and p.dtype == torch.bfloat16 else _KINDS[p.dtype]
             kinds.extend((kind, _KINDS[g.dtype], _KINDS[m.dtype], seeds[number] if seeds else 0))
+            shapes.extend((numbers[p.dtype], numbers[g.dtype], p.dim(), *p.shape))
             # None of a tensor's elements may be here, but second moments that other processes have too.
             if work.add(number, layout, p.shape, means is not None) if p.numel() else means is not None:
                 self._indirect.append(number)
-        self._call = _Step(tensors=len(params))
-        self._addresses = _addresses(self._written)
+        addresses = array("Q", list(map(Tensor.data_ptr, self._written)))
         # The call holds their addresses, which keeps nothing alive.
         self._buffers: dict[str, array[Any]] = {
-            "params": self._addresses,
+            "params": addresses,
+            "grads": array("Q", bytes(8 * len(params))),
             "kinds": kinds,
             "rates": array("I", bytes(12 * len(params))),
             **work.phases,
             "partial": array("d", bytes(8 * work.slots)),
+            "shapes": shapes,
+            "written": array("Q", map(id, self._written)),
         }
+        self._call = _Step(tensors=len(params), **functions)
         for name, buffer in self._buffers.items():
             setattr(self._call, name, buffer.buffer_info()[0])
         for number, name in enumerate(("exp_avgs", "exp_avg_sqs", "steps"), start=1):
-            setattr(
-                self._call, name, self._addresses.buffer_info()[0] + number * len(params) * self._addresses.itemsize
-            )
+            setattr(self._call, name, addresses.buffer_info()[0] + number * len(params) * addresses.itemsize)
         for name, phase in work.phases.items():
             setattr(self._call, f"num_{name}", len(phase) // 8)
+        if not self.holds(grads):
+            raise RuntimeError(
+                f"torch {torch.__version__} says otherwise of these tensors by its C interface than in Python: pass "
+                "fused=False, and please report it"
+            )
 
-    def stands(self) -> bool:
-        """Whether the tensors are where they were: their memory may be another's under the same object."""
-        return _addresses(self._written) == self._addresses
+    def holds(self, grads: Sequence[Tensor]) -> bool:
+        """Takes the gradients of the next step; tells whether all tensors are where and what they were.
+
+        Their memory may be another's under the same object, or of another shape.
+
+        Args:
+            grads: The gradients, dense.
+        """
+        handles = [array("Q", list(map(_HANDLE, tensors))) for tensors in (self._params, grads)]
+        kernel: Any = library()  # tables are made for tensors that it supports
+        return bool(kernel.holds(ctypes.byref(self._call), *(of.buffer_info()[0] for of in handles)))
 
     def step(
         self,
@@ -193,7 +242,7 @@ class Table:
         """Performs one step.
 
         Args:
-            grads: The gradients, contiguous and of the dtypes that they had.
+            grads: The gradients that were taken last.
             block_means: Given for the tensors for which they were given.
             lr: As for :func:`adam_mini`, like those that follow.
             beta1: Decay of the momentum.
@@ -202,22 +251,21 @@ class Table:
             eps: Added to the root of the second moment.
             maximize: Ascend instead of descending.
         """
-        for number in self._indirect:
-            means, v = block_means[number], self._exp_avg_sqs[number]
-            average(v, block_means_of(grads[number], self._layouts[number], v) if means is None else means, beta2)
+        if self._indirect:
+            self._average_indirect(grads, block_means, beta2)
         call = self._call
-        addresses = _addresses(grads)
-        call.grads = addresses.buffer_info()[0]
         call.lr, call.beta1, call.beta2, call.weight_decay, call.eps = lr, beta1, beta2, weight_decay, eps
         call.maximize = maximize
         # Before the kernel, which drives out of the cache what is at hand now.
         torch.autograd.graph.increment_version(self._written)
-        kernel: Any = library()  # tables are made for tensors that it supports
+        kernel: Any = library()
         kernel.adam_mini_step(ctypes.byref(call), torch.get_num_threads(), _parallel())
 
-
-def _addresses(tensors: Sequence[Tensor]) -> array[int]:
-    return array("Q", map(Tensor.data_ptr, tensors))
+    @torch.no_grad()
+    def _average_indirect(self, grads: Sequence[Tensor], block_means: Sequence[Tensor | None], beta2: float) -> None:
+        for number in self._indirect:
+            means, v = block_means[number], self._exp_avg_sqs[number]
+            average(v, block_means_of(grads[number], self._layouts[number], v) if means is None else means, beta2)
 
 
 class _Work:

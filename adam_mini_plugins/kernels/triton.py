@@ -353,6 +353,7 @@ def unsupported(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
     return None
 
 
+@torch.no_grad()
 def adam_mini(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

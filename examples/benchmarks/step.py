@@ -92,7 +92,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def llama_config(millions: float) -> LlamaConfig:
     """A Llama of 8 layers and about so many parameters; two query heads share a key head."""
-    vocabulary, layers, head_dim = int(min(16_000, 2_000 * millions)) + 96, 8, 64
+    vocabulary, layers, head_dim = int(min(16_000, 4_000 * millions)) + 96, 8, 64 if millions >= 10 else 32
 
     def intermediate(width: int) -> int:
         return -(-8 * width // (3 * 64)) * 64
