@@ -18,7 +18,7 @@ test: $(VENV)/.installed  ## lint, type check and all tests but the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 oldest: $(VENV)/.installed  ## the oldest versions allowed, and torch alone, in environments of their own
-	$(BIN)/python tests/matrix/run.py torch "no compiler" oldest
+	$(BIN)/python tests/matrix/run.py torch "no kernel" oldest
 
 matrix: $(VENV)/.installed  ## the same, and the newest versions from the index
 	$(BIN)/python tests/matrix/run.py

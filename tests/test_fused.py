@@ -22,7 +22,7 @@ import adam_mini_plugins.kernels.cpu as cpu
 from adam_mini_plugins import AdamMini, Layout, update
 from adam_mini_plugins.rounding import fmix32, key_of_step, seed_of_tensor
 
-needs_kernel = pytest.mark.skipif(cpu.library() is None, reason="this install was made without a C compiler")
+needs_kernel = pytest.mark.skipif(cpu.library() is None, reason="this install has no kernel")
 
 
 def run(parameter: Tensor, layout: Layout, grads: list[Tensor], **options) -> tuple[Tensor, AdamMini]:

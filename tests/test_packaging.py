@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import shutil
+import os
 import subprocess
 import sys
 import venv
@@ -12,8 +12,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import setuptools.build_meta
 
 import adam_mini_plugins
+from adam_mini_plugins.kernels import building
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,10 +100,24 @@ def test_a_wheel_holds_everything(tmp_path: Path) -> None:
     sources = {p.relative_to(ROOT / "adam_mini_plugins") for p in (ROOT / "adam_mini_plugins").rglob("*.py")}
     assert packaged == sources | {p.relative_to(ROOT) for p in (ROOT / "callbacks").rglob("*.py")}
     assert (package / "py.typed").exists()
-    # As here: the kernel is there where a compiler is.
-    assert bool(list((package / "kernels").glob("_cpu*"))) == (shutil.which("cc") is not None)
+    assert list((package / "kernels").glob("_cpu*.so"))
     files = imported_from(tmp_path / "site", within=tmp_path)
     assert files == [package / "callbacks" / "hf.py", package / "callbacks" / "lightning.py"]
+
+
+@pytest.mark.parametrize(
+    ("path", "named", "wanted"),
+    [(os.defpath, None, []), ("/no-such-folder", None, ["ziglang>=0.13"]), ("/no-such-folder", "mycc", [])],
+    ids=["a compiler", "none", "another, by name"],
+)
+def test_a_build_takes_a_compiler_from_pypi_where_there_is_none(
+    path: str, named: str | None, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("CC", named) if named else monkeypatch.delenv("CC", raising=False)
+    usual = setuptools.build_meta.get_requires_for_build_wheel()
+    assert building.get_requires_for_build_wheel() == [*usual, *wanted]
+    assert building.get_requires_for_build_editable() == [*usual, *wanted]
 
 
 def test_the_library_never_prints_nor_asserts() -> None:

@@ -7,10 +7,17 @@
  *
  * Built without -ffast-math, whose start-up code would change the floating-point mode of the whole process.
  */
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic") /* as -O3 has it, which takes minutes */
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -386,13 +393,25 @@ typedef void Version(void *);
 static void plain(void *work) { work_through(work); }
 #if defined(__x86_64__)
 __attribute__((target("avx2"))) static void avx2(void *work) { work_through(work); }
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) static void avx512(void *work) {
-    work_through(work);
+#if defined(__clang__)
+#define WIDE
+#else
+#define WIDE ",prefer-vector-width=512" /* of which Clang has no name, and which GCC must be told */
+#endif
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq" WIDE))) static void avx512(void *work) { work_through(work); }
+/* Asked of the processor itself: __builtin_cpu_supports finds nothing where Zig compiles. */
+static Version *find_widest(void) {
+    const unsigned all = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
+    unsigned a, b, c, d, kept = 0; /* registers that the system keeps for a process */
+    if (__get_cpuid(1, &a, &b, &c, &d) && c & bit_OSXSAVE) __asm__("xgetbv" : "=a"(kept), "=d"(d) : "c"(0));
+    if ((kept & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return plain;
+    return (kept & 0xe6) == 0xe6 && (b & all) == all ? avx512 : avx2;
 }
 static Version *widest(void) {
-#define HAS __builtin_cpu_supports
-    if (HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq")) return avx512;
-    return HAS("avx2") ? avx2 : plain;
+    static Version *found; /* finding it takes a virtual machine long */
+    Version *version = __atomic_load_n(&found, __ATOMIC_RELAXED);
+    if (!version) __atomic_store_n(&found, version = find_widest(), __ATOMIC_RELAXED);
+    return version;
 }
 #else
 static Version *widest(void) { return plain; }

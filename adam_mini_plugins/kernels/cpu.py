@@ -1,4 +1,4 @@
-"""The step on a CPU at the memory's speed: ``cpu.c``, built with the package where there is a C compiler.
+"""The step on a CPU at the memory's speed: ``cpu.c``, which is built with the package.
 
 One call for all tensors. What each tensor needs done is a short list of tasks, found out once
 (:class:`Table`); a step refreshes addresses and rates, and threads take the tasks one by one.
@@ -66,7 +66,7 @@ def library() -> Any | None:
     if _SWITCH in os.environ:
         why = f"{_SWITCH} is set"
     elif spec is None or spec.origin is None:
-        why = "it was not built: the install found no C compiler"
+        why = "it was not built: the install could not compile it"
     elif _interface() is None:
         why = f"torch {torch.__version__} lacks the C interface that it calls"
     if why or spec is None or spec.origin is None:
@@ -114,7 +114,7 @@ def unsupported(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
         layout: Its blocks.
     """
     if library() is None:
-        return "the fused CPU kernel is not built: reinstall adam-mini-plugins where there is a C compiler"
+        return "the fused CPU kernel is not built: reinstall adam-mini-plugins, and see what the build says"
     for name, tensor in (("it", param), ("its gradient", grad), ("its momentum", exp_avg)):
         if tensor.dtype not in _KINDS:
             return f"{name} is {tensor.dtype}, and the kernel knows float32, bfloat16 and float16"

@@ -33,28 +33,36 @@ DOORS = ["matrix/test_doors.py"]
 # Torch's own tests of optimizers, which need numpy, and tests that train a model of transformers.
 MODELS = ["test_optimizer.py", "test_conformance.py"]
 SHOW_VERSIONS = """
-import platform
+import platform, sys
 from importlib import metadata, util
 names = ("torch", "transformers", "accelerate", "peft", "trl", "lightning")
 found = (f"{name} {metadata.version(name)}" for name in names if util.find_spec(name))
-kernel = "a" if util.find_spec("adam_mini_plugins.kernels._cpu") else "no"
-print(f"Python {platform.python_version()}", *found, f"{kernel} kernel for the CPU", sep=", ", flush=True)
+kernel = util.find_spec("adam_mini_plugins.kernels._cpu") is not None
+print(f"Python {platform.python_version()}", *found, f"kernel for the CPU: {kernel}", sep=", ", flush=True)
+sys.exit(kernel != (sys.argv[1] == "True"))
 """
 
 
 class Environment(NamedTuple):
-    """What is installed, which tests it has to pass with what else, and what environment variables there are."""
+    """What is installed, which tests it has to pass with what else, and what environment variables there are.
+
+    And whether it has a kernel for the CPU by then.
+    """
 
     resolution: str
     extras: str
     tests: list[str]
     testing: tuple[str, ...] = ()
     variables: Mapping[str, str] = {}
+    kernel: bool = True
 
 
 ENVIRONMENTS = {
-    "torch": Environment("lowest-direct", "", [*CORE, *DOORS]),
-    "no compiler": Environment("lowest-direct", "", ["test_edges.py", *DOORS], variables={"CC": "no-such-compiler"}),
+    # With no compiler to be found, the build takes one from PyPI.
+    "torch": Environment("lowest-direct", "", [*CORE, *DOORS], variables={"PATH": "/no-such-folder"}),
+    "no kernel": Environment(
+        "lowest-direct", "", ["test_edges.py", *DOORS], variables={"CC": "no-such-compiler"}, kernel=False
+    ),
     "oldest": Environment("lowest-direct", TRAINERS, [*MODELS, *DOORS], ("expecttest>=0.2",)),
     "newest": Environment("highest", TRAINERS, [*CORE, *MODELS, *DOORS], ("expecttest>=0.2",)),
 }
@@ -94,7 +102,7 @@ def passes(name: str, folder: Path) -> None:
     shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copy(ROOT / "pyproject.toml", folder)
     # From here, and not from the repository: python -c and -m import from where they are started.
-    run(folder, python, "-c", SHOW_VERSIONS)
+    run(folder, python, "-c", SHOW_VERSIONS, str(environment.kernel))
     files = [tests / test for test in environment.tests]
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder)
     run(folder, python, *pytest, *files, **environment.variables)
