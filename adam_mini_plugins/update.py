@@ -17,7 +17,9 @@ for float64 parameters. Each of ``p`` and ``m`` is rounded once, when it is stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ from .rounding import key_of_step, round_stochastically_
 
 # Elements handled at a time, which bounds what is held besides: float32 copies of low-precision tensors, which on a
 # CPU stay in its cache, stacks of the gradients of small tensors, and what a change of sign takes.
-_COPIED_CPU = 2**16
+_COPIED_CPU = 2**17
 _CHUNK_CPU = 2**18
 _CHUNK_ELSEWHERE = 2**25
 # On a CPU, tensors of up to so many elements are stacked: for a few, dispatching an operation is what takes time.
@@ -128,7 +130,7 @@ def _batches(
             key = (p.shape, p.dtype, g.dtype, m.dtype, id(layout), steps[number])  # a text has one layout
         alike.setdefault(key, []).append(number)
     for numbers in alike.values():
-        size = max(1, 2 * _COPIED_CPU // max(params[numbers[0]].numel(), 1))
+        size = max(1, _COPIED_CPU // max(params[numbers[0]].numel(), 1))
         yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
@@ -167,7 +169,8 @@ def _update(
         grad, exp_avg_sq, layout = torch.stack(grads), torch.stack(exp_avg_sqs), layout.stacked(len(params))
     average(exp_avg_sq, block_means_of(grad, layout, exp_avg_sq) if means is None else means, rates.beta2)
     # The small tensor takes the step size and the division, so that the large ones needn't.
-    scale = exp_avg_sq.sqrt().div_(rates.root_correction).add_(rates.eps).reciprocal_().mul_(rates.step_size)
+    correction = rates.root_correction
+    scale = exp_avg_sq.sqrt().add_(correction * rates.eps).reciprocal_().mul_(correction * rates.step_size)
     if others and not copied:
         _store(exp_avg_sqs, exp_avg_sq.unbind())
         _descend(params, grads, exp_avgs, scale.unbind(), params, rates)
@@ -196,6 +199,7 @@ def _descend(
     gs, ms = _cast(grads, dtype), _cast(exp_avgs, dtype)
     torch._foreach_lerp_(ms, torch._foreach_neg(gs) if rates.maximize else gs, 1 - rates.beta1)
     _store(exp_avgs, ms)
+    del gs
     ps = _cast(params, dtype)
     torch._foreach_mul_(ps, rates.decay)
     torch._foreach_addcmul_(ps, ms, scales, value=-1)
@@ -227,7 +231,7 @@ def block_means_of(grad: Tensor, layout: Layout, like: Tensor) -> Tensor:
     for dtype in dtypes:
         squares = row_squares(grad, layout.axes, dtype)
         means = layout.block_mean(squares.mul_(squares.numel() / max(grad.numel(), 1)))
-        if dtype == dtypes[-1] or means.isfinite().all():
+        if dtype == dtypes[-1] or math.isfinite(means.sum()):
             break
     return means
 
@@ -281,6 +285,7 @@ def _chunks(limit: int, axes: Sequence[int], *tensors: Tensor) -> Iterator[tuple
         yield tensors
         return
     length = max(1, limit * first.shape[axis] // first.numel())
-    for start in range(0, first.shape[axis], length):
-        size = min(length, first.shape[axis] - start)
-        yield from _chunks(limit, axes, *(t.narrow(axis, start, size) if t.shape[axis] > 1 else t for t in tensors))
+    # Split at once: each operation takes long in between others that stream through the cache.
+    parts = [t.split(length, axis) if t.shape[axis] > 1 else repeat(t) for t in tensors]
+    for part in zip(*parts):
+        yield from _chunks(limit, axes, *part)
