@@ -399,14 +399,11 @@ class AdamMini(Optimizer):
             steps = self._plan(groups)
             # What processes share is found out anew in every step, with what they have to tell each other.
             cut = any(sharding.is_sharded(p) or p in self._flats for group in groups for p in group["params"])
-            plans = (
-                []
-                if cut
-                else [
-                    _GroupPlan(_OPTIONS(group), list(group["params"]), list(group["blocks"]), plan)
-                    for group, plan, _ in steps
-                ]
+            new = (
+                _GroupPlan(_OPTIONS(group), list(group["params"]), list(group["blocks"]), plan)
+                for group, plan, _ in steps
             )
+            plans = () if cut else list(new)
         for group, plan, grads in steps:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             plan.step(

@@ -52,16 +52,14 @@ typedef struct {
     uint32_t key;
 } Rates;
 
-/* What torch's stable C interface tells of a tensor (aoti_torch/c/shim.h), for a pointer to its handle; 0 where it
- * can. */
+/* What torch's stable C interface (aoti_torch/c/shim.h) tells of a tensor, given where its handle is; 0 if it can. */
 typedef int32_t Query(const uintptr_t *tensor, void *answer);
 
 typedef struct {
     double lr, beta1, beta2, weight_decay, eps;
     int64_t maximize, tensors;
-    const uintptr_t *params;
-    uintptr_t *grads;
-    const uintptr_t *exp_avgs, *exp_avg_sqs, *steps; /* addresses */
+    uintptr_t *grads; /* addresses, like the next */
+    const uintptr_t *params, *exp_avgs, *exp_avg_sqs, *steps; /* one after the other */
     const Kind *kinds;
     Rates *rates;
     const Task *sums, *moments, *updates;
@@ -71,7 +69,7 @@ typedef struct {
     Query *data_ptr, *dtype, *dim, *sizes, *strides;
     const int64_t *shapes; /* of each tensor the dtypes of parameter and gradient, the number of axes, their extents */
     void *(*address_of)(void *);
-    void *const *written; /* the objects of parameters, momenta, second moments and steps */
+    void *const *written; /* the objects of all that `params` and what follows it are the addresses of */
 } Step;
 
 typedef struct {

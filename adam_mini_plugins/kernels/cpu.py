@@ -49,7 +49,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "weight_decay", "eps")),
         *((name, ctypes.c_int64) for name in ("maximize", "tensors")),
-        *((name, ctypes.c_void_p) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")),
+        *((name, ctypes.c_void_p) for name in ("grads", "params", "exp_avgs", "exp_avg_sqs", "steps")),
         *((name, ctypes.c_void_p) for name in ("kinds", "rates", "sums", "moments", "updates")),
         *((name, ctypes.c_int64) for name in ("num_sums", "num_moments", "num_updates")),
         ("partial", ctypes.c_void_p),
