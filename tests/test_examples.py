@@ -155,7 +155,7 @@ def test_the_benchmark_of_a_step(benchmark: Callable[..., dict[str, Any]], tmp_p
         assert baseline["step_ratio"] == baseline["state_ratio"] == 1.0
         # Both hold two moments, or one and some, in the parameters' dtype, and a count.
         assert baseline["state_bytes"] == 2 * dtype * baseline["parameters"] + 4 * baseline["tensors"]
-        assert 0.5 < ours["state_ratio"] < 0.51
+        assert 0.5 < ours["state_ratio"] < 0.52  # a number of four bytes for each row of 64 of two
         # A copy of all second moments, or of no more than a row.
         assert of[case, "AdamW, foreach"]["extra_fraction"] >= 1.0 > 0.01 > ours["extra_fraction"]
         assert all(row["step_ms"] > 0 and row["rounds"] >= 3 for row in of.values())
