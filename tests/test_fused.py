@@ -286,6 +286,25 @@ def test_whatever_is_swapped_under_the_optimizer_is_noticed() -> None:
     step(without=2)
 
 
+@pytest.mark.parametrize("key", ["blocks", "params"])
+def test_a_group_in_another_order_is_noticed(key: str) -> None:
+    """Which blocks a tensor has is told by its place alone."""
+    layers = torch.nn.ModuleList(torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+    twins = copy.deepcopy(layers)
+    rules = [("0.weight", "neuron"), ("1.weight", "tensor")]
+    ours, anew = (AdamMini.for_model(model, scheme="tensor", rules=rules, **OPTIONS) for model in (layers, twins))
+    for number in range(3):
+        grad = torch.randn(4, 4)
+        layers[0].weight.grad, twins[0].weight.grad = grad, grad.clone()
+        anew._plans = ()
+        ours.step()
+        anew.step()
+        assert layers[0].weight.equal(twins[0].weight)
+        if number == 0:
+            ours.param_groups[0][key].reverse()
+            anew.param_groups[0][key].reverse()
+
+
 @needs_kernel
 def test_other_strides_are_noticed() -> None:
     layer, twin = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
@@ -309,6 +328,18 @@ def test_other_strides_are_noticed() -> None:
     layer.weight.grad = torch.randn(4, 4).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         ours.step()
+
+
+@needs_kernel
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("layout", [Layout.each_row(6), Layout.groups(1, 5, axes=(1,))], ids=str)
+def test_gradients_of_which_a_graph_was_made_leave_none_in_the_state(layout: Layout, fused: bool) -> None:
+    parameter, grads = case((6, 5))
+    grads = [grad.requires_grad_() for grad in grads]
+    result, optimizer = run(parameter, layout, grads, fused=fused)
+    (state,) = optimizer.state.values()
+    assert not any(tensor.requires_grad for tensor in state.values())
+    assert result.equal(run(parameter, layout, [grad.detach() for grad in grads], fused=fused)[0])
 
 
 @needs_kernel
@@ -383,22 +414,30 @@ print(os.waitpid(child, 0)[1])
     assert python(code).split() == ["0"]
 
 
+@pytest.mark.parametrize("why", ["it was not built: reinstall", "ADAM_MINI_NO_KERNEL is set", "lacks the C interface"])
 def test_without_the_library_one_line_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cpu, "find_spec", lambda name: None)
+    monkeypatch.delenv("ADAM_MINI_NO_KERNEL", raising=False)
+    if "set" in why:
+        monkeypatch.setenv("ADAM_MINI_NO_KERNEL", "1")
+    monkeypatch.setattr(cpu, "_path", lambda: None if "built" in why else "here")
+    monkeypatch.setattr(cpu, "_QUERIES", ("no_such_thing",))
     cpu.library.cache_clear()
+    cpu._interface.cache_clear()
     try:
         parameter, grads = case((6, 5))
         with caplog.at_level(logging.INFO):
             result, _ = run(parameter, Layout.each_row(6), grads)
         (record,) = (record for record in caplog.records if record.name == cpu.__name__)
-        assert "without its fused kernel (it was not built" in record.getMessage()
+        assert "without its fused kernel" in record.getMessage()
+        assert why in record.getMessage()
         assert result.equal(run(parameter, Layout.each_row(6), grads, fused=False)[0])
-        with pytest.raises(RuntimeError, match=r"no fused kernel can update weight: .* not built: reinstall"):
+        with pytest.raises(RuntimeError, match=f"no fused kernel can update weight: .*{why}"):
             run(parameter, Layout.each_row(6), grads, fused=True)
     finally:
         cpu.library.cache_clear()
+        cpu._interface.cache_clear()
 
 
 @needs_kernel

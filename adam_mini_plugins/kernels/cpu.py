@@ -61,36 +61,47 @@ class _Step(ctypes.Structure):
 @lru_cache(maxsize=1)
 def library() -> Any | None:
     """The built library; ``None``, which is logged once, where there is none."""
-    spec = find_spec("adam_mini_plugins.kernels._cpu")
-    why = ""
-    if _SWITCH in os.environ:
-        why = f"{_SWITCH} is set"
-    elif spec is None or spec.origin is None:
-        why = "it was not built: the install could not compile it"
-    elif _interface() is None:
-        why = f"torch {torch.__version__} lacks the C interface that it calls"
-    if why or spec is None or spec.origin is None:
+    why = _why_not()
+    if why:
         logger.warning("AdamMini steps on a CPU without its fused kernel (%s)", why)
         return None
-    loaded: Any = ctypes.CDLL(spec.origin)
+    path = _path()
+    loaded: Any = ctypes.CDLL(path)
     loaded.adam_mini_step.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p)
     loaded.adam_mini_step.restype = None
     # It asks for memory of Python's objects, so that Python must not go on meanwhile.
-    loaded.holds = ctypes.PyDLL(spec.origin).adam_mini_holds
+    loaded.holds = ctypes.PyDLL(path).adam_mini_holds
     loaded.holds.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     return loaded
+
+
+def _path() -> str | None:
+    """Where the library is, if it was built."""
+    spec = find_spec("adam_mini_plugins.kernels._cpu")
+    return None if spec is None else spec.origin
+
+
+def _why_not() -> str:
+    """Why the library can't be used; nothing where it can."""
+    if _SWITCH in os.environ:
+        return f"{_SWITCH} is set"
+    if _path() is None:
+        return "it was not built: reinstall adam-mini-plugins, and see what its build says"
+    if _interface() is None:
+        return f"torch {torch.__version__} lacks the C interface that it calls"
+    return ""
 
 
 @lru_cache(maxsize=1)
 def _interface() -> tuple[dict[str, int | None], dict[torch.dtype, int]] | None:
     """Where torch's functions that the library calls are, and the numbers by which they call dtypes."""
-    interface, guards = ctypes.CDLL(torch._C.__file__), torch._C._dynamo.guards
+    interface = ctypes.CDLL(torch._C.__file__)
     names = {dtype: str(dtype).removeprefix("torch.") for dtype in _KINDS}
     try:
         queries = {name: getattr(interface, f"aoti_torch_get_{name}") for name in _QUERIES}
         numbers = {dtype: getattr(interface, f"aoti_torch_dtype_{name}")() for dtype, name in names.items()}
         # What the code uses that torch.compile writes.
-        address_of = guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
+        address_of = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
     except AttributeError:
         return None
     found = {name: ctypes.cast(query, ctypes.c_void_p).value for name, query in queries.items()}
@@ -114,7 +125,7 @@ def unsupported(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
         layout: Its blocks.
     """
     if library() is None:
-        return "the fused CPU kernel is not built: reinstall adam-mini-plugins, and see what the build says"
+        return f"there is no fused kernel for a CPU ({_why_not()})"
     for name, tensor in (("it", param), ("its gradient", grad), ("its momentum", exp_avg)):
         if tensor.dtype not in _KINDS:
             return f"{name} is {tensor.dtype}, and the kernel knows float32, bfloat16 and float16"
