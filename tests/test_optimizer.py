@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -245,6 +246,42 @@ def test_hooks_run_before_and_after_a_step() -> None:
     optimizer.register_step_post_hook(lambda *_: seen.append("post"))
     train(model, optimizer, steps=2)
     assert seen == ["pre", "post"] * 2
+
+
+@pytest.mark.parametrize("kind", ["pre", "post"])
+@pytest.mark.parametrize("of_all", [False, True], ids=["of one optimizer", "of all"])
+def test_each_hook_runs_by_itself_and_is_gone_when_removed(kind: str, of_all: bool) -> None:
+    model, optimizer = built()
+    seen: list[Any] = []
+    register = (
+        getattr(import_module("torch.optim.optimizer"), f"register_optimizer_step_{kind}_hook")
+        if of_all
+        else getattr(optimizer, f"register_step_{kind}_hook")
+    )
+    handle = register(lambda optimizer, *_: seen.append(optimizer))
+    train(model, optimizer, steps=1)
+    handle.remove()
+    train(model, optimizer, steps=1)
+    assert seen == [optimizer]
+
+
+def test_a_label_is_made_for_a_profile_and_not_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[str] = []
+
+    class Recorded(torch.autograd.profiler.record_function):
+        def __init__(self, name: str, args: str | None = None) -> None:
+            labels.append(name)
+            super().__init__(name, args)
+
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", Recorded)
+    model, optimizer = built()
+    train(model, optimizer, steps=1)
+    assert not [label for label in labels if "step" in label]
+    labels.clear()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        optimizer.step()
+    assert labels == ["Optimizer.step#AdamMini.step"]
+    assert labels[0] in {event.name for event in profiler.events()}
 
 
 def test_the_state_is_what_others_rely_on() -> None:
