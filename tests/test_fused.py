@@ -167,14 +167,15 @@ def test_low_precision_rounds_the_float32_result_once(name: str, dtype: torch.dt
 
 
 @needs_kernel
-def test_every_half_is_read_and_written_as_torch_does() -> None:
+@pytest.mark.parametrize("state_dtype", [None, "float32"])  # by the processor's instructions, and without them
+def test_every_half_is_read_and_written_as_torch_does(state_dtype: str | None) -> None:
     for dtype in ROUNDING:
         bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
         values = bits.view(dtype)
         parameter = torch.nn.Parameter(values.clone().view(1, -1))
         layout = Layout.each_row(1)
         parameter.grad = torch.zeros_like(parameter)
-        optimizer_for(parameter, layout, fused=True, lr=0.0, weight_decay=0.0).step()
+        optimizer_for(parameter, layout, fused=True, lr=0.0, weight_decay=0.0, state_dtype=state_dtype).step()
         # Nothing moves, so that each number is only read and written; NaN stays NaN.
         result, finite = parameter.detach().view(-1), values.isfinite()
         assert result[finite].equal(values[finite])
@@ -182,7 +183,7 @@ def test_every_half_is_read_and_written_as_torch_does() -> None:
         # A factor makes float32 numbers of all kinds, which are then rounded.
         decayed = torch.nn.Parameter(values.clone().view(1, -1))
         decayed.grad = torch.zeros_like(decayed)
-        optimizer_for(decayed, layout, fused=True, lr=0.25, weight_decay=0.3).step()
+        optimizer_for(decayed, layout, fused=True, lr=0.25, weight_decay=0.3, state_dtype=state_dtype).step()
         factor = torch.tensor(1 - 0.25 * 0.3, dtype=torch.float32)
         torch.testing.assert_close(
             decayed.detach().view(-1), (values.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True

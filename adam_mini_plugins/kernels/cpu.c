@@ -9,6 +9,7 @@
  */
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <immintrin.h>
 #endif
 #include <float.h>
 #include <math.h>
@@ -22,6 +23,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #define TILE 1024  /* elements in buffers on the stack */
+#define FEW 512    /* elements whose squares are added up in float32 */
 #define SHORT 64   /* elements of a block that is not worth a loop of its own */
 #define NEAR 2048  /* elements by which to ask ahead, found by trying: in short blocks */
 #define FAR 4096   /* and in long ones */
@@ -101,6 +103,33 @@ INLINE uint16_t to_half(float x) {
     return (uint16_t)(sign | (u >= 0x47800000 ? large : u < 0x38800000 ? small : normal));
 }
 
+/* The same for many, by the processor's own instructions where it has them: no compiler makes them of the above. */
+static int has_halves;
+#if defined(__x86_64__)
+#define HALVES static __attribute__((target("avx,f16c"), noinline)) void
+HALVES from_halves_by_8(float *to, const uint16_t *from, int64_t n) {
+    for (int64_t i = 0; i < n; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+}
+HALVES to_halves_by_8(uint16_t *to, const float *from, int64_t n) {
+    for (int64_t i = 0; i < n; i += 8)
+        _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+static void from_halves_by_8(float *to, const uint16_t *from, int64_t n) { (void)to, (void)from, (void)n; }
+static void to_halves_by_8(uint16_t *to, const float *from, int64_t n) { (void)to, (void)from, (void)n; }
+#endif
+INLINE void from_halves(float *to, uintptr_t from, int64_t n) {
+    const int64_t even = n & ~7;
+    from_halves_by_8(to, (const uint16_t *)from, even);
+    for (int64_t i = even; i < n; i++) to[i] = from_half(((const uint16_t *)from)[i]);
+}
+INLINE void to_halves(uintptr_t to, const float *from, int64_t n) {
+    const int64_t even = n & ~7;
+    to_halves_by_8((uint16_t *)to, from, even);
+    for (int64_t i = even; i < n; i++) ((uint16_t *)to)[i] = to_half(from[i]);
+}
+
 INLINE uint16_t to_bfloat(float x) {
     uint32_t u = bits_of(x);
     uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -174,21 +203,30 @@ static __attribute__((noinline)) double sum_of_large_squares(uintptr_t g, int64_
     return total;
 }
 
+INLINE float sum_of_few_squares(uintptr_t g, int64_t of_g, int64_t n) {
+    const int64_t q = n / 4;
+    float part = 0;
+    /* Four at once, so that few additions wait for each other. */
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = 0; i < q; i++)
+        part += (get(g, of_g, i) * get(g, of_g, i) + get(g, of_g, i + q) * get(g, of_g, i + q)) +
+                (get(g, of_g, i + 2 * q) * get(g, of_g, i + 2 * q) + get(g, of_g, i + 3 * q) * get(g, of_g, i + 3 * q));
+    for (int64_t i = 4 * q; i < n; i++) part += get(g, of_g, i) * get(g, of_g, i);
+    return part;
+}
+
 /* In float32 as far as it loses nothing that counts, a few squares a lane, and from there in float64. */
 INLINE double sum_of_squares(uintptr_t g, int64_t of_g, int64_t n) {
     double total = 0;
-    for (int64_t first = 0; first < n; first += 512) {
-        const int64_t count = n - first < 512 ? n - first : 512, q = count / 4;
+    for (int64_t first = 0; first < n; first += FEW) {
+        const int64_t count = n - first < FEW ? n - first : FEW;
         const uintptr_t from = at(g, of_g, first);
-        float part = 0;
-        /* Four at once, so that few additions wait for each other. */
-#pragma omp simd reduction(+ : part)
-        for (int64_t i = 0; i < q; i++)
-            part += (get(from, of_g, i) * get(from, of_g, i) + get(from, of_g, i + q) * get(from, of_g, i + q)) +
-                    (get(from, of_g, i + 2 * q) * get(from, of_g, i + 2 * q) +
-                     get(from, of_g, i + 3 * q) * get(from, of_g, i + 3 * q));
-        for (int64_t i = 4 * q; i < count; i++) part += get(from, of_g, i) * get(from, of_g, i);
-        total += part;
+        if (of_g == FLOAT16 && has_halves) {
+            float few[FEW];
+            from_halves(few, from, count);
+            total += sum_of_few_squares((uintptr_t)few, FLOAT32, count);
+        } else
+            total += sum_of_few_squares(from, of_g, count);
     }
     return total <= DBL_MAX ? total : sum_of_large_squares(g, of_g, n);
 }
@@ -212,6 +250,29 @@ INLINE void descend_one(Constants c, Range r, int64_t i, float scale) {
     const float m = c.beta1 * get(r.m, r.of_m, i) + c.weight * get(r.g, r.of_g, i);
     put(r.m, r.of_m, i, m, r.random);
     put(r.p, r.of_p, i, c.decay * get(r.p, r.of_p, i) - scale * m, r.random);
+}
+
+/* By one scale, or by one an element. */
+INLINE void descend_all(Constants c, Range r, int64_t n, float scale, const float *scales) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) descend_one(c, r, i, scales ? scales[i] : scale);
+}
+
+/* float16 on its way through buffers, where that is faster. */
+INLINE void descend_some(Constants c, Range r, int64_t n, float scale, const float *scales) {
+    if (r.of_p != FLOAT16 || r.of_g != FLOAT16 || r.of_m != FLOAT16 || !has_halves) {
+        descend_all(c, r, n, scale, scales);
+        return;
+    }
+    float p[FEW], g[FEW], m[FEW];
+    const Range few = {(uintptr_t)p, (uintptr_t)g, (uintptr_t)m, FLOAT32, FLOAT32, FLOAT32, r.random};
+    for (int64_t first = 0; first < n; first += FEW) {
+        const int64_t count = n - first < FEW ? n - first : FEW;
+        const Range part = later(r, first);
+        from_halves(p, part.p, count), from_halves(g, part.g, count), from_halves(m, part.m, count);
+        descend_all(c, few, count, scale, scales ? scales + first : scales);
+        to_halves(part.p, p, count), to_halves(part.m, m, count);
+    }
 }
 
 /* What a task's thread comes to after the elements of `r`: `left` of the task are left there, then `next` begins. */
@@ -238,23 +299,17 @@ INLINE void prefetch(Range r, Ahead ahead, int64_t i) {
 
 INLINE void descend(const Step *s, Range r, int64_t n, float scale, Ahead ahead) {
     const Constants c = constants_of(s);
-    const int64_t stride = stride_of(r);
+    const int64_t stride = stride_of(r), size = r.of_g == FLOAT16 ? FEW : stride;
     int64_t first = 0;
-    for (; first + stride <= n; first += stride) {
-        const Range part = later(r, first);
-        prefetch(r, ahead, first);
-#pragma omp simd
-        for (int64_t i = 0; i < stride; i++) descend_one(c, part, i, scale);
+    for (; first + size <= n; first += size) {
+        for (int64_t i = first; i < first + size; i += stride) prefetch(r, ahead, i);
+        descend_some(c, later(r, first), size, scale, 0);
     }
-    const Range part = later(r, first);
-#pragma omp simd
-    for (int64_t i = 0; i < n - first; i++) descend_one(c, part, i, scale);
+    descend_some(c, later(r, first), n - first, scale, 0);
 }
 
 INLINE void descend_by_element(const Step *s, Range r, const float *scales, int64_t n) {
-    const Constants c = constants_of(s);
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) descend_one(c, r, i, scales[i]);
+    descend_some(constants_of(s), r, n, 0, scales);
 }
 
 INLINE void spread_over(float *restrict to, const float *restrict from, int64_t count, int64_t length) {
@@ -287,8 +342,14 @@ INLINE void short_blocks(const Step *s, const Task *task, Range next, Kind of, i
         const Ahead ahead = {next, (task->blocks - first) * length, NEAR};
         for (int64_t i = 0; i < count * length; i += stride_of(r)) prefetch(r, ahead, i);
         if (!given) {
+            if (of.grad == FLOAT16 && has_halves) {
+                from_halves(sums, r.g, count * length);
 #pragma omp simd
-            for (int64_t i = 0; i < count * length; i++) sums[i] = get(r.g, of.grad, i) * get(r.g, of.grad, i);
+                for (int64_t i = 0; i < count * length; i++) sums[i] *= sums[i];
+            } else {
+#pragma omp simd
+                for (int64_t i = 0; i < count * length; i++) sums[i] = get(r.g, of.grad, i) * get(r.g, of.grad, i);
+            }
             int64_t left = length;
             for (; left % 2 == 0; left /= 2) /* halves all blocks at once; what is written was read before */
 #pragma omp simd
@@ -402,6 +463,7 @@ static Version *find_widest(void) {
     const unsigned all = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
     unsigned a, b, c, d, kept = 0; /* registers that the system keeps for a process */
     if (__get_cpuid(1, &a, &b, &c, &d) && c & bit_OSXSAVE) __asm__("xgetbv" : "=a"(kept), "=d"(d) : "c"(0));
+    has_halves = (kept & 0x6) == 0x6 && c & bit_F16C;
     if ((kept & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return plain;
     return (kept & 0xe6) == 0xe6 && (b & all) == all ? avx512 : avx2;
 }
