@@ -14,7 +14,8 @@ from typing import Any
 from .backward import AdamMiniInBackward
 from .blocks import partition
 from .convert import take_over_adamw
-from .optimizer import AdamMini, trainable_parameters
+from .optimizer import AdamMini
+from .parameters import trainable_parameters
 
 SUPPORTED = ">=5.2"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, wraps
 from itertools import islice
 from operator import attrgetter, itemgetter
@@ -17,20 +17,19 @@ from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 from . import engines, sharding, state_dicts
 from .blocks import Layout, Partition
 from .blocks import partition as make_partition
-from .blocks.whole import fsdp1_handle, whole_shape
-from .flat import Flat, block_means
+from .flat import block_means
 from .kernels import Members, Plan, same
 from .options import NEW_OPTIONS, checked_options, momentum_dtype
+from .parameters import (
+    HOW_TO_PARTITION,
+    check_ordered,
+    check_parameters,
+    identify,
+    names_of,
+    trainable_parameters,
+)
 from .rounding import seed_of_tensor
 from .update import second_moment_dtype
-
-_HOW_TO_PARTITION = (
-    "pass partition=adam_mini_plugins.partition(model), or build the optimizer with AdamMini.for_model(model, ...)"
-)
-_ENGINES = (
-    "AdamMini trains with DistributedDataParallel, FSDP2, tensor parallelism and DeepSpeed ZeRO: use FSDP2 "
-    "(fully_shard in torch, fsdp_version: 2 in accelerate, ModelParallelStrategy in Lightning)"
-)
 
 _GRAD = attrgetter("grad")
 # What of a group's options a plan hangs on.
@@ -123,10 +122,10 @@ class AdamMini(Optimizer):
         capturable: bool = False,
     ) -> None:
         if partition is None:
-            raise ValueError(f"AdamMini needs the blocks of its parameters: {_HOW_TO_PARTITION}")
+            raise ValueError(f"AdamMini needs the blocks of its parameters: {HOW_TO_PARTITION}")
         if not isinstance(partition, Partition):
-            raise TypeError(f"partition must be a Partition, got {type(partition).__name__}: {_HOW_TO_PARTITION}")
-        _check_ordered(params)
+            raise TypeError(f"partition must be a Partition, got {type(partition).__name__}: {HOW_TO_PARTITION}")
+        check_ordered(params)
         self.partition = partition
         defaults = {
             "lr": lr,
@@ -275,7 +274,7 @@ class AdamMini(Optimizer):
                 "a parameter group needs 'params', a tensor or an iterable of tensors or of (name, tensor) pairs; got "
                 f"{type(params).__name__} in a group of {sorted(param_group)}"
             )
-        _check_ordered(params)
+        check_ordered(params)
         group = {**self.defaults, **param_group}
         group.update(checked_options(group))
         params = [params] if isinstance(params, Tensor) else list(params)
@@ -284,7 +283,7 @@ class AdamMini(Optimizer):
             if len(names) != len(params):
                 raise ValueError(f"a parameter group has {len(names)} param_names for {len(params)} parameters")
             params = list(zip(names, params))
-        members = [self._identify(p) for p in params]
+        members = [identify(p, self.partition) for p in params]
         group["param_names"] = [name for name, _, _ in members]
         group["params"] = [p for _, p, _ in members]
         group["blocks"] = [blocks for _, _, blocks in members]
@@ -323,47 +322,6 @@ class AdamMini(Optimizer):
                 flat = engines.find_flat(p, members)
                 if flat is not None:
                     self._flats[p] = flat
-
-    def _identify(self, member: Tensor | tuple[str, Tensor]) -> tuple[str, Tensor, str]:
-        """A parameter's name, itself, and its blocks as text (none while it is frozen and unknown)."""
-        if isinstance(member, tuple) and not (len(member) == 2 and isinstance(member[0], str)):
-            raise TypeError(
-                f"a named parameter is a pair (name, tensor), got {[type(part).__name__ for part in member]}"
-            )
-        given, parameter = member if isinstance(member, tuple) else (None, member)
-        if not isinstance(parameter, Tensor):
-            raise TypeError(
-                f"optimizer can only optimize Tensors, got {type(parameter).__name__}: pass tensors or (name, tensor) "
-                "pairs, of a mapping its items()"
-            )
-        # Which tensor it is counts for more than what it is called: wrappers prefix names.
-        name = self.partition.name_of(parameter) or given
-        _check_engine(name, parameter)
-        described = f"a tensor of shape {tuple(parameter.shape)}" if name is None else repr(name)
-        if parameter.is_complex():
-            raise TypeError(f"AdamMini does not support complex parameters: {described} is {parameter.dtype}")
-        if not (parameter.is_leaf or parameter.retains_grad):
-            raise ValueError(
-                f"can't optimize a non-leaf Tensor: {described} is the result of an operation; pass what it is made of"
-            )
-        entry = self.partition.get(name) if name is not None else None
-        if entry is None:
-            if not parameter.requires_grad and parameter.grad is None:
-                return given or name or "", parameter, ""
-            reason = self.partition.left_out.get(name or "", "")
-            raise ValueError(
-                f"the partition does not know {described}{': ' + reason if reason else ''}; was it made from another "
-                f"model, or before this parameter was added? Once the model is complete, {_HOW_TO_PARTITION}; to add "
-                "to an optimizer that exists, first set optimizer.partition = partition(model); a library that steps "
-                "copies of parameters needs their names, as docs/offload.md has it"
-            )
-        shape = whole_shape(parameter)
-        if entry.shape != shape:
-            raise ValueError(
-                f"{described} has shape {tuple(shape)}, but {tuple(entry.shape)} in the partition, which "
-                f"is another model's or was made before a resize: {_HOW_TO_PARTITION}"
-            )
-        return given or entry.name, parameter, str(entry.layout)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -470,12 +428,12 @@ class AdamMini(Optimizer):
         """Checks all parameters, and finds for each group a plan and the gradients of this step."""
         for group in groups:
             self._resolve(group)
-            _check_parameters(group, self._flats)
+            check_parameters(group, self._flats)
         grads, means = self._reduced(groups)
         found, seeds = [], self._seeds()
         for group in groups:
             names, of_parts, rows = [], [], []
-            for p, name, blocks in zip(group["params"], _names(group, self._flats), group["blocks"]):
+            for p, name, blocks in zip(group["params"], names_of(group, self._flats), group["blocks"]):
                 if p.grad is not None:
                     parts = list(self._parts(p, Layout.parse(blocks), group, grads.get(p, p.grad), means.get(p)))
                     rows += parts
@@ -595,7 +553,7 @@ class AdamMini(Optimizer):
         for group, saved in zip(self.param_groups, saved_groups):
             self._resolve(group)
             for parameter, name, blocks, key in zip(
-                group["params"], _names(group, self._flats), group["blocks"], saved["params"]
+                group["params"], names_of(group, self._flats), group["blocks"], saved["params"]
             ):
                 state, flat = states.get(key), self._flats.get(parameter)
                 if state and flat is not None:
@@ -642,75 +600,6 @@ class AdamMini(Optimizer):
             self._remember(self.param_groups)
 
 
-def trainable_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters of a model that are not frozen, by name.
-
-    Raises:
-        ValueError: There are none.
-    """
-    named = list(model.named_parameters())
-    trainable: list[tuple[str, Tensor]] = [(name, p) for name, p in named if p.requires_grad]
-    if not trainable:
-        raise ValueError(
-            f"{type(model).__name__} has no parameter to train: all {len(named)} are frozen. Call requires_grad_(True) "
-            "on what is to be trained; with PEFT, load the adapter with is_trainable=True"
-        )
-    return trainable
-
-
-def _check_ordered(params: Any) -> None:
-    if isinstance(params, set | frozenset):
-        raise TypeError("parameters need an order that is the same in every run; got a set: pass a list")
-
-
 def _device_of_step(parameter: Tensor, group: dict[str, Any]) -> torch.device:
     """Where the count of a parameter's steps is: as torch's on the CPU, so that reading it waits for no device."""
     return parameter.device if group["capturable"] else torch.device("cpu")
-
-
-def _names(group: dict[str, Any], flats: Mapping[Tensor, Flat]) -> list[str]:
-    """What to call each tensor of a group: its name, or what it holds."""
-    return [str(flats[p]) if p in flats else name for p, name in zip(group["params"], group["param_names"])]
-
-
-def _check_parameters(group: dict[str, Any], flats: Mapping[Tensor, Flat]) -> None:
-    """Raises where a step would go wrong, before anything has changed and before processes wait for each other."""
-    params, names = group["params"], group["param_names"]
-    if all(p in flats for p in params):
-        return  # among them groups without a tensor: ZeRO-3 steps one part of one group at a time
-    if len(params) != len(names):
-        raise RuntimeError(
-            f"a parameter group holds {len(params)} tensors for {len(names)} names: an engine has merged or cut them, "
-            f"as FSDP1 does. {_ENGINES}"
-        )
-    for parameter, name, blocks in zip(params, names, group["blocks"]):
-        if parameter in flats:
-            continue
-        grad = parameter.grad
-        if grad is not None and grad.is_sparse:
-            raise RuntimeError(
-                f"AdamMini does not support sparse gradients, got one for {name}: build the layer with sparse=False"
-            )
-        _check_engine(name, parameter)
-        if not blocks and grad is not None:
-            raise RuntimeError(
-                f"{name} of shape {tuple(parameter.shape)} has a gradient but no blocks: it was frozen, and is "
-                f"unknown to the partition. {_HOW_TO_PARTITION}"
-            )
-        # Without a gradient too: an engine may have left this process none of the tensor.
-        if blocks and not Layout.parse(blocks).fits(parameter.shape):
-            raise RuntimeError(
-                f"{name} has shape {tuple(parameter.shape)}, which its blocks {blocks!r} don't fit: it was resized "
-                "(then call optimizer.repartition(partition(model))), or an engine has flattened it, as FSDP1 does. "
-                f"{_ENGINES}"
-            )
-
-
-def _check_engine(name: str | None, parameter: Tensor) -> None:
-    """Raises for a parameter that an engine has flattened so that its blocks can't be told."""
-    if hasattr(parameter, "_is_flat_param") or (hasattr(parameter, "_fsdp_flattened") and not fsdp1_handle(parameter)):
-        raise RuntimeError(
-            f"{name} has been flattened and cut by FSDP1 (FullyShardedDataParallel), and its blocks can't be told; "
-            "with use_orig_params=True they can, where partition and AdamMini are made from the wrapped model. "
-            f"{_ENGINES}"
-        )

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .blocks import Partition, TensorBlocks
 from .memory import adamw_state_bytes
-from .optimizer import trainable_parameters
 from .options import dtype_name, momentum_dtype
+from .parameters import trainable_parameters
 from .update import second_moment_dtype
 
 _STEP_BYTES = torch.float32.itemsize  # torch's optimizers count steps in float32, each parameter its own

@@ -35,7 +35,7 @@ from adam_mini_plugins.memory import measure
 
 # Parts of AdamMini's step, from the outermost in: what is called, and what it is that takes time there.
 PARTS = {
-    "checks": (optimizer, "_check_parameters"),
+    "checks": (optimizer, "check_parameters"),
     "sums of cut blocks": (sharding, "gradients_and_means"),
     "all-reduce": (sharding.distributed, "all_reduce"),
     "arithmetic": (Plan, "step"),
