@@ -403,6 +403,8 @@ class AdamMini(Optimizer):
         self, groups: Sequence[dict[str, Any]], plans: _Plans
     ) -> list[tuple[dict[str, Any], Plan, list[Tensor]]] | None:
         """Each group with the plan of its last step and the gradients of this; ``None`` if a plan is out of date."""
+        for planned in plans:
+            planned.plan.approach()
         if len(plans) != len(groups) or not all(map(_GroupPlan.is_of, plans, groups)):
             return None
         of_groups = []

@@ -512,6 +512,11 @@ void adam_mini_step(const Step *s, unsigned threads, Parallel parallel) {
     run(s, s->updates, s->num_updates, threads, parallel);
 }
 
+/* Asks for memory that is about to be read. */
+void adam_mini_approach(const uintptr_t *addresses, int64_t count) {
+    for (int64_t i = 0; i < count; i++) __builtin_prefetch((const void *)addresses[i]);
+}
+
 /* Whether a tensor is contiguous, and of a dtype and shape. */
 static int is_like(const Step *s, const uintptr_t *tensor, int64_t dtype, int64_t axes, const int64_t *extents) {
     int32_t its_dtype;

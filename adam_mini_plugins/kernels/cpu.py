@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -72,6 +73,8 @@ def library() -> Any | None:
     # It asks for memory of Python's objects, so that Python must not go on meanwhile.
     loaded.holds = ctypes.PyDLL(path).adam_mini_holds
     loaded.holds.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    loaded.adam_mini_approach.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    loaded.adam_mini_approach.restype = None
     return loaded
 
 
@@ -85,8 +88,12 @@ def _why_not() -> str:
     """Why the library can't be used; nothing where it can."""
     if _SWITCH in os.environ:
         return f"{_SWITCH} is set"
-    if _path() is None:
+    path = _path()
+    if path is None:
         return "it was not built: reinstall adam-mini-plugins, and see what its build says"
+    source = Path(path).with_name("cpu.c")  # is there in an editable install alone
+    if source.exists() and source.stat().st_mtime > Path(path).stat().st_mtime:
+        return f"it was built before {source} changed: reinstall adam-mini-plugins"
     if _interface() is None:
         return f"torch {torch.__version__} lacks the C interface that it calls"
     return ""
@@ -213,6 +220,7 @@ class Table:
             "shapes": shapes,
             "written": array("Q", map(id, self._written)),
         }
+        self._objects = array("Q", [line for tensor in self._written for line in _lines(tensor)])
         self._call = _Step(tensors=len(params), **functions)
         for name, buffer in self._buffers.items():
             setattr(self._call, name, buffer.buffer_info()[0])
@@ -225,6 +233,15 @@ class Table:
                 f"torch {torch.__version__} says otherwise of these tensors by its C interface than in Python: pass "
                 "fused=False, and please report it"
             )
+
+    def approach(self) -> None:
+        """Says that a step is near.
+
+        The model and the last step have driven the tensors' objects out of the cache. They are asked for all at once
+        here; each at its turn would be waited for.
+        """
+        kernel: Any = library()
+        kernel.adam_mini_approach(self._objects.buffer_info()[0], len(self._objects))
 
     def holds(self, grads: Sequence[Tensor]) -> bool:
         """Takes the gradients of the next step; tells whether all tensors are where and what they were.
@@ -277,6 +294,16 @@ class Table:
         for number in self._indirect:
             means, v = block_means[number], self._exp_avg_sqs[number]
             average(v, block_means_of(grads[number], self._layouts[number], v) if means is None else means, beta2)
+
+
+def _lines(tensor: Tensor) -> Iterator[int]:
+    """Where in memory a step will look for a tensor: at Python's object, torch's (three lines of the cache), storage's.
+
+    No more than asked for ahead: none is read there, and it may be gone.
+    """
+    yield id(tensor)
+    yield from range(_HANDLE(tensor), _HANDLE(tensor) + 3 * 64, 64)
+    yield tensor.untyped_storage()._cdata
 
 
 class _Work:
