@@ -166,7 +166,8 @@ def _update(
     (param, *others), grad, exp_avg, exp_avg_sq = params, grads[0], exp_avgs[0], exp_avg_sqs[0]
     copied = any(tensor.dtype != exp_avg_sq.dtype for tensor in (param, grad, exp_avg))
     if others:
-        grad, exp_avg_sq, layout = torch.stack(grads), torch.stack(exp_avg_sqs), layout.stacked(len(params))
+        exp_avg_sq, layout = torch.stack(exp_avg_sqs), layout.stacked(len(params))
+        grad = torch.stack(grads).to(exp_avg_sq.dtype)
     average(exp_avg_sq, block_means_of(grad, layout, exp_avg_sq) if means is None else means, rates.beta2)
     # The small tensor takes the step size and the division, so that the large ones needn't.
     correction = rates.root_correction
@@ -176,7 +177,7 @@ def _update(
         _descend(params, grads, exp_avgs, scale.unbind(), params, rates)
         return
     if others:
-        param, exp_avg = torch.stack(params), torch.stack(exp_avgs)
+        param, exp_avg = (torch.stack(tensors).to(exp_avg_sq.dtype) for tensors in (params, exp_avgs))
     # Its views say where in the tensor their elements are, which only rounding at random needs to know.
     places = param if rates.rounding_key is None else torch.empty(param.shape, device="meta")
     for p, g, m, s, place in _chunks(_limit(param, copied), range(param.dim()), param, grad, exp_avg, scale, places):
