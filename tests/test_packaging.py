@@ -6,10 +6,12 @@ import importlib
 import os
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import setuptools.build_meta
@@ -119,6 +121,21 @@ def test_a_build_takes_a_compiler_from_pypi_where_there_is_none(
     usual = setuptools.build_meta.get_requires_for_build_wheel()
     assert building.get_requires_for_build_wheel() == [*usual, *wanted]
     assert building.get_requires_for_build_editable() == [*usual, *wanted]
+
+
+@pytest.mark.parametrize("free", [0, 1])
+@pytest.mark.parametrize("given", [None, {"--build-option": "--quiet"}, {"--build-option": ["--quiet"]}])
+def test_a_wheel_is_for_all_versions_of_python_but_those_without_a_lock(
+    given: dict[str, Any] | None, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of these setuptools refuses to build it."""
+    usual = sysconfig.get_config_var
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: free if name == "Py_GIL_DISABLED" else usual(name))
+    passed: list[Any] = []
+    monkeypatch.setattr(setuptools.build_meta, "build_wheel", lambda *arguments: passed.append(arguments[1]))
+    building.build_wheel("folder", given)
+    options = ["--py-limited-api=cp310", *(["--quiet"] if given else [])]
+    assert passed == [given if free else {"--build-option": options}]
 
 
 def test_the_library_never_prints_nor_asserts() -> None:

@@ -51,7 +51,7 @@ def get_requires_for_build_editable(config_settings: _Settings = None) -> list[s
 def build_wheel(wheel_directory: str, config_settings: _Settings = None, metadata_directory: str | None = None) -> str:
     """Builds a wheel, and tells its file's name."""
     with _with_compiler():
-        return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+        return build_meta.build_wheel(wheel_directory, _for_all_pythons(config_settings), metadata_directory)
 
 
 def build_editable(
@@ -60,6 +60,16 @@ def build_editable(
     """Builds a wheel for an editable install, and tells its file's name."""
     with _with_compiler():
         return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
+
+
+def _for_all_pythons(config_settings: _Settings) -> _Settings:
+    """Has one wheel serve all versions of Python: the library calls nothing of Python's but through torch."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):  # free-threaded Pythons have wheels of their own
+        return config_settings
+    settings = dict(config_settings or {})
+    given = settings.get("--build-option", [])
+    settings["--build-option"] = ["--py-limited-api=cp310", *([given] if isinstance(given, str) else given)]
+    return settings
 
 
 def _compiler() -> list[str]:
