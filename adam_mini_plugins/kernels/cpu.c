@@ -132,8 +132,9 @@ INLINE void to_halves(uintptr_t to, const float *from, int64_t n) {
 
 INLINE uint16_t to_bfloat(float x) {
     uint32_t u = bits_of(x);
-    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    return (uint16_t)(x != x ? 0x7fc0 : rounded);
+    uint32_t rounded = u + 0x7fff + ((u >> 16) & 1);
+    rounded |= -(uint32_t)(x != x); /* stays NaN; less to do than to choose between two */
+    return (uint16_t)(rounded >> 16);
 }
 
 INLINE uint32_t mixed(uint32_t h) {
