@@ -404,7 +404,7 @@ class AdamMini(Optimizer):
     ) -> list[tuple[dict[str, Any], Plan, list[Tensor]]] | None:
         """Each group with the plan of its last step and the gradients of this; ``None`` if a plan is out of date."""
         for planned in plans:
-            planned.plan.approach()
+            planned.plan.prefetch()
         if len(plans) != len(groups) or not all(map(_GroupPlan.is_of, plans, groups)):
             return None
         of_groups = []

@@ -69,10 +69,10 @@ class Plan:
         self._others = [(way, of, _picked(seeds, of) if seeds else []) for way, of in numbers_of.items()]
         self._kinds = self._kinds_of(members.params, members.grads)
 
-    def approach(self) -> None:
-        """Says that a step is near, of which most of the time may go into looking at the tensors."""
+    def prefetch(self) -> None:
+        """Asks for what a step looks at, which of many small tensors is most of its time."""
         if self._table is not None:
-            self._table.approach()
+            self._table.prefetch()
 
     def holds(self, params: list[Tensor], grads: list[Tensor], states: Sequence[Any]) -> bool:
         """Whether it is good for a step of these: of tensors with the blocks and no means that it was made for.

@@ -23,7 +23,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #define TILE 1024  /* elements in buffers on the stack */
-#define FEW 512    /* elements whose squares are added up in float32 */
+#define FEW 512    /* elements whose squares are added up in float32; of float16, those in a buffer */
 #define SHORT 64   /* elements of a block that is not worth a loop of its own */
 #define NEAR 2048  /* elements by which to ask ahead, found by trying: in short blocks */
 #define FAR 4096   /* and in long ones */
@@ -514,7 +514,7 @@ void adam_mini_step(const Step *s, unsigned threads, Parallel parallel) {
 }
 
 /* Asks for memory that is about to be read. */
-void adam_mini_approach(const uintptr_t *addresses, int64_t count) {
+void adam_mini_prefetch(const uintptr_t *addresses, int64_t count) {
     for (int64_t i = 0; i < count; i++) __builtin_prefetch((const void *)addresses[i]);
 }
 

@@ -73,8 +73,8 @@ def library() -> Any | None:
     # It asks for memory of Python's objects, so that Python must not go on meanwhile.
     loaded.holds = ctypes.PyDLL(path).adam_mini_holds
     loaded.holds.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    loaded.adam_mini_approach.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-    loaded.adam_mini_approach.restype = None
+    loaded.adam_mini_prefetch.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    loaded.adam_mini_prefetch.restype = None
     return loaded
 
 
@@ -220,7 +220,7 @@ class Table:
             "shapes": shapes,
             "written": array("Q", map(id, self._written)),
         }
-        self._objects = array("Q", [line for tensor in self._written for line in _lines(tensor)])
+        self._lines = array("Q", [line for tensor in self._written for line in _lines_of(tensor)])
         self._call = _Step(tensors=len(params), **functions)
         for name, buffer in self._buffers.items():
             setattr(self._call, name, buffer.buffer_info()[0])
@@ -234,14 +234,14 @@ class Table:
                 "fused=False, and please report it"
             )
 
-    def approach(self) -> None:
-        """Says that a step is near.
+    def prefetch(self) -> None:
+        """Asks for the tensors' objects, which a step is about to look at.
 
-        The model and the last step have driven the tensors' objects out of the cache. They are asked for all at once
-        here; each at its turn would be waited for.
+        The model and the last step have driven the tensors' objects out of the cache. All at once they are
+        there sooner than one by one.
         """
         kernel: Any = library()
-        kernel.adam_mini_approach(self._objects.buffer_info()[0], len(self._objects))
+        kernel.adam_mini_prefetch(self._lines.buffer_info()[0], len(self._lines))
 
     def holds(self, grads: Sequence[Tensor]) -> bool:
         """Takes the gradients of the next step; tells whether all tensors are where and what they were.
@@ -296,7 +296,7 @@ class Table:
             average(v, block_means_of(grads[number], self._layouts[number], v) if means is None else means, beta2)
 
 
-def _lines(tensor: Tensor) -> Iterator[int]:
+def _lines_of(tensor: Tensor) -> Iterator[int]:
     """Where in memory a step will look for a tensor: at Python's object, torch's (three lines of the cache), storage's.
 
     No more than asked for ahead: none is read there, and it may be gone.
